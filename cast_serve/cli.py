@@ -1,0 +1,37 @@
+"""The `cast` command: assembles the commands that the packages register, and turns InputError into one sentence."""
+
+import sys
+from importlib.metadata import entry_points
+
+import typer
+
+from conversion.errors import InputError
+
+COMMANDS = "cast.commands"
+ORDER = ["train", "convert", "serve", "bench", "eval", "pipeline", "info"]
+
+
+def build_app() -> typer.Typer:
+    """Collect every command of the entry-point group; a command's module must import nothing heavy at its top."""
+    app = typer.Typer(
+        help="Train, convert, serve and measure 2:4 sparse language models.",
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        add_completion=False,
+    )
+    found = {entry.name: entry for entry in entry_points(group=COMMANDS)}
+    for name in sorted(found, key=lambda n: ORDER.index(n) if n in ORDER else len(ORDER)):
+        app.command(name)(found[name].load())
+    return app
+
+
+def main() -> None:
+    try:
+        build_app()()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""Which tensors of a checkpoint become 2:4: every linear inside the transformer blocks (CAST, Sec. III).
+
+Embeddings, lm_head and norms stay dense. Works on names and shapes alone, so that training, conversion and inspection
+agree on the scope without loading a model.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from conversion.errors import InputError
+
+
+@dataclass(frozen=True)
+class Family:
+    """How one model family names and stores the linears of its blocks.
+
+    Attributes:
+        block: pattern that a tensor name inside a transformer block starts with.
+        transposed: True where checkpoints store weights as [in, out] (GPT-2's Conv1D) instead of [out, in].
+    """
+
+    block: re.Pattern[str]
+    transposed: bool = False
+
+
+_LLAMA = Family(re.compile(r"(model\.)?layers\.\d+\."))
+
+FAMILIES: dict[str, Family] = {
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+    "gpt2": Family(re.compile(r"(transformer\.)?h\.\d+\."), transposed=True),
+    "opt": Family(re.compile(r"(model\.)?(decoder\.)?layers\.\d+\.")),
+}
+
+
+def family_of(model_type: str) -> Family:
+    """Return the family of a config's `model_type`; InputError names the supported ones otherwise."""
+    try:
+        return FAMILIES[model_type]
+    except KeyError:
+        raise InputError(
+            f"model type '{model_type}' is not supported: use a model of type {', '.join(FAMILIES)}"
+        ) from None
+
+
+def in_scope(family: Family, name: str, shape: Sequence[int]) -> bool:
+    """Tell whether checkpoint tensor `name` is a linear weight that CAST makes 2:4.
+
+    A linear whose input size K is no multiple of 8 cannot be packed (one bitmask byte covers 8 columns) and stays dense.
+    """
+    if len(shape) != 2 or not name.endswith(".weight") or not family.block.match(name):
+        return False
+    input_size = shape[0] if family.transposed else shape[1]
+    return input_size % 8 == 0
