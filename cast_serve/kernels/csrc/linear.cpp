@@ -1,0 +1,97 @@
+// 2:4 linear: cuts the output into tiles for the threads.
+#include <stdint.h>
+
+#include <atomic>
+#include <memory>
+
+#include "cast24.h"
+#include "isa.h"
+#include "panel.h"
+#include "parallel.h"
+
+namespace cast24 {
+namespace {
+
+constexpr int64_t kTileRows = 64;  // most rows of x in a tile: its sums stay in the first-level cache
+
+inline auto tile_of(const Isa& isa, const float*) { return isa.tile_f32; }
+inline auto tile_of(const Isa& isa, const uint16_t*) { return isa.tile_bf16; }
+
+// y[row : row + rows, first : first + outputs] from `panels` adjacent panels.
+template <class T>
+void linear_tile(const Isa& isa, const float* x, const T* values, const uint32_t* indices, int panels, const float* bias,
+                 float* y, int64_t row, int64_t rows, int64_t first, int64_t outputs, int64_t N, int64_t K) {
+  alignas(64) float tile[kTileRows * kTileWidth];
+  for (int64_t m = 0; m < rows; ++m)
+    for (int n = 0; n < kTileWidth; ++n) tile[m * kTileWidth + n] = bias && n < outputs ? bias[first + n] : 0.0f;
+  tile_of(isa, values)(x + row * K, rows, K, values, indices, panels, tile);
+  for (int64_t m = 0; m < rows; ++m)
+    for (int64_t n = 0; n < outputs; ++n) y[(row + m) * N + first + n] = tile[m * kTileWidth + n];
+}
+
+template <class T>
+void linear(const float* x, const T* values, const uint32_t* indices, const float* bias, float* y, int64_t M, int64_t N,
+            int64_t K, cast24_parallel_for run, void* pool) {
+  const Isa& isa = cast24::isa();
+  const int64_t panels = (N + kPanelRows - 1) / kPanelRows;
+  const int64_t panel_values = K / 2 * kPanelRows, panel_indices = (K / 4 + 7) / 8 * kPanelRows;
+  const int64_t tiles = (panels + kTilePanels - 1) / kTilePanels, chunks = (M + kTileRows - 1) / kTileRows;
+  parallel_for(run, pool, tiles * chunks, M * N * (K / 2), [&](int64_t begin, int64_t end) {
+    for (int64_t unit = begin; unit < end; ++unit) {
+      const int64_t panel = unit / chunks * kTilePanels, row = unit % chunks * kTileRows, first = panel * kPanelRows;
+      linear_tile(isa, x, values + panel * panel_values, indices + panel * panel_indices,
+                  static_cast<int>(panels - panel < kTilePanels ? panels - panel : kTilePanels), bias, y, row,
+                  M - row < kTileRows ? M - row : kTileRows, first, N - first < kTileWidth ? N - first : kTileWidth, N, K);
+    }
+  });
+}
+
+template <class T>
+int64_t linear_bitmask(const float* x, const T* values, const uint8_t* bitmask, const float* bias, float* y, int64_t M,
+                       int64_t N, int64_t K, cast24_parallel_for run, void* pool) {
+  const Isa& isa = cast24::isa();
+  const int64_t panels = (N + kPanelRows - 1) / kPanelRows;
+  std::atomic<int64_t> first_bad{INT64_MAX};
+  parallel_for(run, pool, panels, M * N * (K / 2), [&](int64_t begin, int64_t end) {
+    const std::unique_ptr<T[]> panel_values(new T[K / 2 * kPanelRows]);
+    const std::unique_ptr<uint32_t[]> panel_indices(new uint32_t[(K / 4 + 7) / 8 * kPanelRows]);
+    for (int64_t panel = begin; panel < end; ++panel) {
+      const int64_t first = panel * kPanelRows;
+      const int64_t bad = pack_panel(values, bitmask, N, K, first, panel_values.get(), panel_indices.get());
+      if (bad >= 0) {
+        int64_t seen = first_bad.load();
+        while (bad < seen && !first_bad.compare_exchange_weak(seen, bad)) {
+        }
+        return;
+      }
+      for (int64_t row = 0; row < M; row += kTileRows)
+        linear_tile(isa, x, panel_values.get(), panel_indices.get(), 1, bias, y, row,
+                    M - row < kTileRows ? M - row : kTileRows, first, N - first < kPanelRows ? N - first : kPanelRows, N,
+                    K);
+    }
+  });
+  return first_bad == INT64_MAX ? -1 : first_bad.load();
+}
+
+}  // namespace
+}  // namespace cast24
+
+void cast24_linear_f32(const float* x, const float* values, const uint32_t* indices, const float* bias, float* y,
+                       int64_t M, int64_t N, int64_t K, cast24_parallel_for run, void* pool) {
+  cast24::linear(x, values, indices, bias, y, M, N, K, run, pool);
+}
+
+void cast24_linear_bf16(const float* x, const uint16_t* values, const uint32_t* indices, const float* bias, float* y,
+                        int64_t M, int64_t N, int64_t K, cast24_parallel_for run, void* pool) {
+  cast24::linear(x, values, indices, bias, y, M, N, K, run, pool);
+}
+
+int64_t cast24_linear_bitmask_f32(const float* x, const float* values, const uint8_t* bitmask, const float* bias,
+                                  float* y, int64_t M, int64_t N, int64_t K, cast24_parallel_for run, void* pool) {
+  return cast24::linear_bitmask(x, values, bitmask, bias, y, M, N, K, run, pool);
+}
+
+int64_t cast24_linear_bitmask_bf16(const float* x, const uint16_t* values, const uint8_t* bitmask, const float* bias,
+                                   float* y, int64_t M, int64_t N, int64_t K, cast24_parallel_for run, void* pool) {
+  return cast24::linear_bitmask(x, values, bitmask, bias, y, M, N, K, run, pool);
+}
