@@ -1,0 +1,84 @@
+"""`cast bench` and `cast pipeline`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from conversion.errors import InputError
+
+
+def bench(
+    dense: Annotated[Path, typer.Option(help="Dense model directory.", show_default=False)],
+    sparse: Annotated[Path, typer.Option(help="Its 2:4 model, converted by `cast convert`.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Directory for bench.json, report.html and the servers' logs.")] = Path(
+        "bench"
+    ),
+    concurrency: Annotated[str, typer.Option(help="Numbers of concurrent requests to try.")] = "1,4,8",
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Length of every prompt.")] = 128,
+    output_tokens: Annotated[int, typer.Option(min=2, help="Length of every answer.")] = 64,
+    requests: Annotated[int, typer.Option(min=1, help="Requests of each concurrent user in a round.")] = 2,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds of each model; the spread is taken over them.")] = 3,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="Text to cut prompts from, .txt or .jsonl with a 'text' field; else random tokens."),
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads of each server; else the server's default.")
+    ] = None,
+    quality: Annotated[Path | None, typer.Option(help="Output of `cast eval --json`, to show in the report.")] = None,
+    training_curve: Annotated[
+        Path | None, typer.Option(help="PNG drawn by `cast train`, to show in the report.")
+    ] = None,
+) -> None:
+    """Measure a 2:4 model against its dense one under the same load, and write a report.
+
+    Starts both servers, loads them in turn over HTTP with streamed requests of fixed lengths, and compares time to
+    first token (TTFT), time per output token (TPOT), end-to-end time, tokens a second and memory. Keep the
+    machine idle meanwhile.
+
+    Example: cast bench --dense SmolLM2-135M --sparse out/packed --out bench
+    """
+    from functools import partial
+
+    from rich.console import Console
+
+    from benchmarks.load.bench import measure
+    from benchmarks.load.measurements import Settings
+    from benchmarks.load.servers import serve_command
+    from benchmarks.report.quality import Quality
+    from benchmarks.report.render import write_report
+    from benchmarks.report.summary import summary_table
+
+    for directory in (dense, sparse):
+        if not directory.is_dir():
+            raise InputError(f"there is no directory {directory}: give a model directory")
+    evaluated = Quality.read(quality) if quality else None
+    settings = Settings(
+        concurrencies=_concurrencies(concurrency),
+        prompt_tokens=prompt_tokens,
+        output_tokens=output_tokens,
+        requests_per_user=requests,
+        rounds=rounds,
+        threads=threads,
+    )
+    if prompts is not None:
+        settings.prompt_source = f"cut from {prompts.name}"
+    out.mkdir(parents=True, exist_ok=True)
+    result = measure(
+        {"dense": dense, "sparse": sparse}, settings, out, partial(serve_command, threads=threads), prompts
+    )
+    report = write_report(result, out, evaluated, training_curve)
+    console = Console()
+    console.print(summary_table(result, evaluated))
+    console.print(f"report: {report.resolve()}", soft_wrap=True)
+
+
+def _concurrencies(text: str) -> list[int]:
+    try:
+        numbers = sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        numbers = []
+    if not numbers or numbers[0] < 1:
+        raise InputError(f"--concurrency '{text}' is no list of positive numbers: give for example 1,4,8")
+    return numbers
