@@ -26,6 +26,7 @@ FILE_FLAGS = {
     "avx2.cpp": ["-mavx2", "-mfma"],
     "avx512.cpp": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"]
     + ["-Wno-uninitialized", "-Wno-maybe-uninitialized"],
+    "paged_attention.cpp": ["-ffp-contract=fast"],  # written in the compiler's vectors, which have no fma of their own
 }
 X86 = os.uname().machine in ("x86_64", "amd64")
 

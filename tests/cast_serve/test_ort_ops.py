@@ -1,0 +1,332 @@
+"""The ONNX Runtime custom ops against float64 numpy, for every instruction set that this CPU has."""
+
+import ctypes
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+from onnx import TensorProto, helper
+
+from cast_serve.engine.library import executed, require_library
+
+ELEMENT_TYPES = {"float32": TensorProto.FLOAT, "int32": TensorProto.INT32, "uint32": TensorProto.UINT32}
+
+
+@pytest.fixture(params=["avx512", "avx2", "portable"])
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    library = ctypes.CDLL(str(require_library()))
+    library.cast24_isa.restype = ctypes.c_char_p
+    before = library.cast24_isa()
+    if library.cast24_set_isa(request.param.encode()) != 0:
+        pytest.skip(f"this CPU has no {request.param}")
+    yield request.param
+    library.cast24_set_isa(before)
+
+
+def op_session(op: str, inputs: dict[str, np.ndarray], constants: list[Any] = (), **attributes: Any) -> ort.InferenceSession:  # type: ignore[assignment]
+    """A graph of one node; inputs in the op's order, a constant of the same name in place of an array that is None."""
+    node = helper.make_node(op, list(inputs), ["y"], domain="cast24", **attributes)
+    values = [
+        helper.make_tensor_value_info(name, ELEMENT_TYPES[array.dtype.name], None)
+        for name, array in inputs.items()
+        if array is not None
+    ]
+    output = helper.make_tensor_value_info("y", TensorProto.FLOAT, None)
+    graph = helper.make_graph([node], "one", values, [output], initializer=list(constants))
+    imports = [helper.make_opsetid("", 21), helper.make_opsetid("cast24", 1)]
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 2
+    options.log_severity_level = 4
+    options.register_custom_ops_library(str(require_library()))
+    model = helper.make_model(graph, opset_imports=imports, ir_version=10)
+    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def bf16_bits(array: np.ndarray) -> np.ndarray:
+    return (array.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
+
+
+def bf16_constant(name: str, array: np.ndarray) -> Any:
+    bits = bf16_bits(array)
+    return helper.make_tensor(name, TensorProto.BFLOAT16, bits.shape, bits.tobytes(), raw=True)
+
+
+def random_24(rng: np.random.Generator, n: int, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A 2:4 weight [n, k] whose values are exact in bf16, its kept values [n, k/4, 2] and their columns."""
+    columns = np.sort(np.argsort(rng.random((n, k // 4, 4)), axis=-1)[..., :2], axis=-1)
+    values = (rng.integers(-128, 128, (n, k // 4, 2)) / 64).astype(np.float32)
+    weight = np.zeros((n, k // 4, 4), np.float32)
+    np.put_along_axis(weight, columns, values, axis=-1)
+    return weight.reshape(n, k), values, columns
+
+
+def panels(values: np.ndarray, columns: np.ndarray, bf16: bool) -> tuple[np.ndarray, np.ndarray]:
+    """The panel layout written out element by element from its definition."""
+    n, groups, _ = values.shape
+    count = -(-n // 16)
+    out = np.zeros((count, groups, 16, 2) if bf16 else (count, groups, 2, 16), np.float32)
+    indices = np.full((count, -(-groups // 8), 16), 0x44444444, np.uint32)
+    for row in range(n):
+        p, lane = divmod(row, 16)
+        for g in range(groups):
+            for slot in range(2):
+                at = (p, g, lane, slot) if bf16 else (p, g, slot, lane)
+                out[at] = values[row, g, slot]
+            code = int(columns[row, g, 0]) | int(columns[row, g, 1]) << 2
+            shift = 4 * (g % 8)
+            indices[p, g // 8, lane] = (int(indices[p, g // 8, lane]) & ~(15 << shift) & 0xFFFFFFFF) | code << shift
+    return out, indices
+
+
+@pytest.mark.parametrize("value_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("m", "k", "n"), [(1, 8, 1), (3, 40, 33), (17, 72, 48)])
+def test_sparse24_matmul_is_the_dense_product(isa: str, m: int, k: int, n: int, value_dtype: str) -> None:
+    rng = np.random.default_rng(m * n)
+    weight, values, columns = random_24(rng, n, k)
+    x, bias = rng.standard_normal((1, m, k), np.float32), rng.standard_normal(n, np.float32)
+    panel_values, indices = panels(values, columns, value_dtype == "bfloat16")
+    feeds = {"x": x, "values": panel_values, "indices": indices, "bias": bias}
+    constants = []
+    if value_dtype == "bfloat16":
+        constants.append(bf16_constant("values", panel_values))
+        feeds["values"] = None  # type: ignore[assignment]
+    session = op_session("Sparse24MatMul", feeds, constants, N=n, K=k, value_dtype=value_dtype)
+    y = session.run(None, {name: array for name, array in feeds.items() if array is not None})[0]
+    assert y.shape == (1, m, n)
+    np.testing.assert_allclose(y, x.astype(np.float64) @ weight.T.astype(np.float64) + bias, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize(("m", "k", "n"), [(1, 7, 1), (3, 40, 33), (17, 75, 50)])
+def test_dense_linear(isa: str, m: int, k: int, n: int, bf16: bool) -> None:
+    rng = np.random.default_rng(m * n)
+    weight = (rng.integers(-128, 128, (n, k)) / 64).astype(np.float32)
+    x = rng.standard_normal((m, k), np.float32)
+    feeds = {"x": x, "weight": None if bf16 else weight}
+    session = op_session("DenseLinear", feeds, [bf16_constant("weight", weight)] if bf16 else [])  # type: ignore[arg-type]
+    y = session.run(None, {name: array for name, array in feeds.items() if array is not None})[0]
+    np.testing.assert_allclose(y, x.astype(np.float64) @ weight.T.astype(np.float64), rtol=0, atol=1e-4)
+
+
+def test_wrong_shapes_are_named() -> None:
+    x = np.zeros((1, 3, 40), np.float32)
+    values, indices = np.zeros((1, 10, 2, 16), np.float32), np.zeros((1, 2, 16), np.uint32)
+    feeds = {"x": x, "values": values, "indices": indices}
+    session = op_session("Sparse24MatMul", feeds, N=16, K=40)
+    session.run(None, feeds)
+    with pytest.raises(Exception, match=r"Sparse24MatMul: x has shape \[1, 3, 32\], expected \[..., 40\]"):
+        session.run(None, {**feeds, "x": x[..., :32].copy()})
+    with pytest.raises(Exception, match=r"indices has shape \[1, 1, 16\], expected \[1, 2, 16\]"):
+        session.run(None, {**feeds, "indices": indices[:, :1].copy()})
+    with pytest.raises(Exception, match="K a positive multiple of 8"):
+        op_session("Sparse24MatMul", feeds, N=16, K=44)
+
+
+def test_executed_counts_live_nodes_that_ran() -> None:
+    x, weight = np.ones((2, 8), np.float32), np.ones((4, 8), np.float32)
+    before, bytes_before = executed("DenseLinear")
+    session = op_session("DenseLinear", {"x": x, "weight": weight})
+    assert executed("DenseLinear") == (before, bytes_before)
+    for _ in range(2):
+        session.run(None, {"x": x, "weight": weight})
+        assert executed("DenseLinear") == (before + 1, bytes_before + weight.nbytes)
+    del session
+    assert executed("DenseLinear") == (before, bytes_before)
+
+
+@dataclass
+class Attention:
+    """One PagedAttention node with its caches, fed ragged chunks, and a naive float64 twin fed the same."""
+
+    heads: int = 6
+    kv_heads: int = 2
+    head_dim: int = 24
+    block_size: int = 16
+    blocks: int = 200
+    window: int = -1
+    softcap: float = 0.0
+    rotary_dim: int = 16
+    interleaved: bool = False
+    packed: bool = True
+    positions: int = 2048
+    past: dict[int, int] = field(default_factory=dict)
+    tables: dict[int, list[int]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        rng = np.random.default_rng(7)
+        shape = (self.blocks, self.block_size, self.kv_heads, self.head_dim)
+        # What was in the cache before must not matter, NaN included.
+        self.key_cache, self.value_cache = np.full(shape, np.nan, np.float32), np.full(shape, np.nan, np.float32)
+        self.free = list(rng.permutation(self.blocks))
+        angles = np.arange(self.positions)[:, None] / 100 ** (np.arange(self.rotary_dim // 2) / 8)[None]
+        self.cos, self.sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+        self.session: ort.InferenceSession | None = None
+
+    def step(self, chunks: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]]) -> dict[int, np.ndarray]:
+        """Feed each sequence its new (q [n, heads, D], k, v [n, kv_heads, D]); returns its rows of the output."""
+        for b, (q, _, _) in chunks.items():
+            table, length = self.tables.setdefault(b, []), self.past.setdefault(b, 0) + len(q)
+            while len(table) * self.block_size < length:
+                table.append(int(self.free.pop()))
+        width = max(len(self.tables[b]) for b in chunks)
+        parts = [np.concatenate([chunk[i].reshape(len(chunk[i]), -1) for chunk in chunks.values()])[None] for i in range(3)]
+        feeds: dict[str, np.ndarray] = (
+            {"query": np.concatenate(parts, axis=-1)} if self.packed else dict(zip(("query", "key", "value"), parts, strict=True))
+        )
+        rest = {
+            "key_cache": self.key_cache,
+            "value_cache": self.value_cache,
+            "block_table": np.array([self.tables[b] + [0] * (width - len(self.tables[b])) for b in chunks], np.int32),
+            "past_lens": np.array([self.past[b] for b in chunks], np.int32),
+            "cu_seqlens": np.cumsum([0, *(len(c[0]) for c in chunks.values())]).astype(np.int32),
+        }
+        if self.rotary_dim:
+            rest |= {"cos": self.cos, "sin": self.sin}
+        if self.session is None:
+            names = feeds | ({"": None, " ": None} if self.packed else {}) | rest
+            self.session = self._session(names)
+        out = self.session.run(None, feeds | rest)[0][0]
+        starts = rest["cu_seqlens"]
+        rows = {b: out[starts[i] : starts[i + 1]].reshape(-1, self.heads, self.head_dim) for i, b in enumerate(chunks)}
+        for b, (q, _, _) in chunks.items():
+            self.past[b] += len(q)
+        return rows
+
+    def _session(self, names: dict[str, Any]) -> ort.InferenceSession:
+        node = helper.make_node(
+            "PagedAttention",
+            [name.strip() for name in names],
+            ["y"],
+            domain="cast24",
+            num_heads=self.heads,
+            kv_num_heads=self.kv_heads,
+            scale=0.3,
+            do_rotary=int(self.rotary_dim > 0),
+            rotary_interleaved=int(self.interleaved),
+            local_window_size=self.window,
+            softcap=self.softcap,
+        )
+        values = [
+            helper.make_tensor_value_info(name, ELEMENT_TYPES[array.dtype.name], None)
+            for name, array in names.items()
+            if array is not None
+        ]
+        graph = helper.make_graph([node], "one", values, [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)])
+        imports = [helper.make_opsetid("", 21), helper.make_opsetid("cast24", 1)]
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = 2
+        options.log_severity_level = 4
+        options.register_custom_ops_library(str(require_library()))
+        model = helper.make_model(graph, opset_imports=imports, ir_version=10)
+        return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+    def random(self, n: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        rng = np.random.default_rng(seed)
+        q = 2 * rng.standard_normal((n, self.heads, self.head_dim), np.float32)
+        k, v = rng.standard_normal((2, n, self.kv_heads, self.head_dim), np.float32)
+        return q, k, v
+
+    def _rotate(self, x: np.ndarray) -> np.ndarray:
+        x = x.astype(np.float64).copy()
+        half = self.rotary_dim // 2
+        first = slice(0, self.rotary_dim, 2) if self.interleaved else slice(0, half)
+        second = slice(1, self.rotary_dim, 2) if self.interleaved else slice(half, self.rotary_dim)
+        cos, sin = self.cos[: len(x), None].astype(np.float64), self.sin[: len(x), None].astype(np.float64)
+        a, b = x[..., first].copy(), x[..., second].copy()
+        x[..., first], x[..., second] = a * cos - b * sin, b * cos + a * sin
+        return x
+
+    def naive(self, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
+        """Attention of a whole sequence [n, heads, D] from position 0, in float64."""
+        if self.rotary_dim:
+            q, k = self._rotate(q), self._rotate(k)
+        group = self.heads // self.kv_heads
+        keys, values = (np.repeat(x.astype(np.float64), group, axis=1) for x in (k, v))
+        scores = np.einsum("qhd,khd->hqk", q.astype(np.float64), keys) * 0.3
+        if self.softcap:
+            scores = self.softcap * np.tanh(scores / self.softcap)
+        distance = np.arange(len(q))[:, None] - np.arange(len(q))[None]
+        hidden = (distance < 0) | ((distance >= self.window) if self.window > 0 else False)
+        scores = np.where(hidden, -np.inf, scores)
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        return np.einsum("hqk,khd->qhd", weights / weights.sum(-1, keepdims=True), values)
+
+
+SHAPES = {
+    "gqa": {},
+    "one kv head, odd head_dim, whole rotary": {"heads": 5, "kv_heads": 1, "head_dim": 20, "rotary_dim": 20},
+    "no rotary, separate inputs, wide heads": {"heads": 2, "kv_heads": 2, "head_dim": 128, "rotary_dim": 0, "packed": False},
+    "interleaved rotary, blocks of 32": {"interleaved": True, "block_size": 32},
+    "window": {"window": 9},
+    "window longer than a block": {"window": 40, "packed": False},
+    "softcap": {"softcap": 5.0},
+}
+
+
+def take(part: tuple[np.ndarray, ...], begin: int, end: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    q, k, v = (x[begin:end] for x in part)
+    return q, k, v
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_ragged_batch_is_naive_attention(isa: str, shape: dict[str, Any]) -> None:
+    attention = Attention(**shape)
+    # Lengths at and around block and tile boundaries; the chunks below mix prefill and decode.
+    whole = {b: attention.random(n, b) for b, n in enumerate((1, 15, 16, 17, 33, 70))}
+    done = dict.fromkeys(whole, 0)
+    outputs: dict[int, list[np.ndarray]] = {b: [] for b in whole}
+    for step in range(40):
+        chunks = {}
+        for b, part in whole.items():
+            n = (1, 16, 3, 19, 1)[(step + b) % 5]
+            if done[b] < len(part[0]) and (step + b) % 3:
+                chunks[b] = take(part, done[b], done[b] + n)
+                done[b] += len(chunks[b][0])
+        if chunks:
+            for b, rows in attention.step(chunks).items():
+                outputs[b].append(rows)
+    for b, part in whole.items():
+        np.testing.assert_allclose(np.concatenate(outputs[b]), attention.naive(*part), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("window", [-1, 600])
+def test_long_sequence_spread_over_threads(isa: str, window: int) -> None:
+    n = 1300  # three segments, which decode folds together
+    attention = Attention(window=window)
+    part = attention.random(n, 0)
+    expected = attention.naive(*part)
+    rows = attention.step({0: take(part, 0, n - 3)})[0]
+    np.testing.assert_allclose(rows, expected[: n - 3], rtol=0, atol=2e-5)
+    for t in range(n - 3, n):
+        rows = attention.step({0: take(part, t, t + 1)})[0]
+        np.testing.assert_allclose(rows, expected[t : t + 1], rtol=0, atol=2e-5)
+
+
+def test_bits_depend_on_neither_batch_nor_chunks(isa: str) -> None:
+    n = 1100
+    part = Attention().random(n, 0)
+    alone = Attention().step({0: part})[0]
+
+    attention = Attention()
+    others = {b: attention.random(n, b) for b in (1, 2)}
+    rows, done, step = [], 0, 0
+    while done < n:
+        size = (1, 4, 130, 37)[step % 4]
+        chunks = {b: take(other, step * 2, step * 2 + 1 + b) for b, other in others.items()}
+        done_now = min(n, done + size)
+        rows.append(attention.step({1: chunks[1], 0: take(part, done, done_now), 2: chunks[2]})[0])
+        done, step = done_now, step + 1
+    assert np.array_equal(np.concatenate(rows), alone)
+
+
+def test_attention_refuses_what_would_leave_the_cache() -> None:
+    attention = Attention(blocks=4, positions=40)
+    attention.step({0: attention.random(10, 0)})
+    with pytest.raises(Exception, match="longer than cos_cache"):
+        attention.step({0: attention.random(31, 0)})
+    attention.tables[0][0] = 4
+    with pytest.raises(Exception, match="block_table names block 4 of 4"):
+        attention.step({0: attention.random(1, 0)})
