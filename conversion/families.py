@@ -18,21 +18,34 @@ class Family:
     Attributes:
         block: pattern that a tensor name inside a transformer block starts with.
         transposed: True where checkpoints store weights as [in, out] (GPT-2's Conv1D) instead of [out, in].
+        outside: last parts of the names of the tensors outside the blocks, lm_head apart.
+        ties_embeddings: whether lm_head shares the embedding where config.json does not say.
     """
 
     block: re.Pattern[str]
+    outside: tuple[str, ...]
     transposed: bool = False
+    ties_embeddings: bool = False
 
 
-_LLAMA = Family(re.compile(r"(model\.)?layers\.\d+\."))
+_LLAMA = Family(re.compile(r"(model\.)?layers\.\d+\."), ("embed_tokens.weight", "norm.weight"))
 
 FAMILIES: dict[str, Family] = {
     "llama": _LLAMA,
     "mistral": _LLAMA,
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,
-    "gpt2": Family(re.compile(r"(transformer\.)?h\.\d+\."), transposed=True),
-    "opt": Family(re.compile(r"(model\.)?(decoder\.)?layers\.\d+\.")),
+    "gpt2": Family(
+        re.compile(r"(transformer\.)?h\.\d+\."),
+        ("wte.weight", "wpe.weight", "ln_f.weight", "ln_f.bias"),
+        transposed=True,
+        ties_embeddings=True,
+    ),
+    "opt": Family(
+        re.compile(r"(model\.)?(decoder\.)?layers\.\d+\."),
+        ("embed_tokens.weight", "embed_positions.weight"),
+        ties_embeddings=True,
+    ),
 }
 
 

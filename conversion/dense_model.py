@@ -1,0 +1,67 @@
+"""A transformers model with the dense weights of a checkpoint, packed or not."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel
+
+from conversion.checkpoint import Checkpoint
+from conversion.errors import InputError
+from conversion.packed_checkpoint import PackedCheckpoint
+
+
+def dense_config(checkpoint: Checkpoint | PackedCheckpoint) -> PretrainedConfig:
+    """The model's config without the marks of packing."""
+    fields = {key: value for key, value in checkpoint.config.items() if key not in ("quantization_config", "model_type")}
+    config: PretrainedConfig = AutoConfig.for_model(checkpoint.config["model_type"], **fields)
+    return config
+
+
+def dense_model(checkpoint: Checkpoint | PackedCheckpoint, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """Build the causal language model of a checkpoint, in evaluation mode on the CPU.
+
+    Packed weights are unpacked: masked entries are exact zeros. Holds the whole dense model in memory.
+
+    Args:
+        checkpoint: an open checkpoint of either kind.
+        dtype: dtype of the weights; None takes the narrowest that holds all of them exactly.
+
+    Raises:
+        InputError: a tensor is missing, unexpected, damaged or of another shape than config.json implies.
+    """
+    config = dense_config(checkpoint)
+    tensors = {name: checkpoint.tensor(name) for name in checkpoint.names}
+    with _quiet_loading():
+        try:
+            model, info = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
+                None,
+                config=config,
+                state_dict=tensors,
+                dtype=dtype or checkpoint.dtype,
+                output_loading_info=True,
+            )
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[-1].strip()
+            raise InputError(f"the tensors of {checkpoint.directory} do not fit its config.json: {reason}") from None
+    for what, names in (("is missing from", info["missing_keys"]), ("has the wrong shape in", info["mismatched_keys"])):
+        if names:
+            raise InputError(f"tensor '{sorted(map(str, names))[0]}' {what} {checkpoint.directory}: make it again")
+    result: PreTrainedModel = model.eval()
+    return result
+
+
+@contextmanager
+def _quiet_loading() -> Iterator[None]:
+    """Keep transformers' loading report off the terminal: what matters in it is raised as one sentence."""
+    from transformers.utils import logging as transformers_logging
+
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity(logging.CRITICAL)
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        transformers_logging.enable_progress_bar()

@@ -1,0 +1,173 @@
+"""Reading the packed checkpoint, format version 1."""
+
+import hashlib
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from conversion.checkpoint import Checkpoint, check_complete, read_config, widest
+from conversion.errors import InputError
+from conversion.families import Family, family_of
+from conversion.packed import BITMASK_SUFFIX, PATTERN, VALUES_SUFFIX, bitmask_nibbles, unpack24
+from conversion.shards import Shards, tensor_bytes
+
+VERSION = 1
+QUANT_METHOD = "cast24"
+VALUE_DTYPES: dict[str, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+def is_packed(config: dict[str, Any]) -> bool:
+    """Tell whether a config.json belongs to a packed checkpoint."""
+    return (config.get("quantization_config") or {}).get("quant_method") == QUANT_METHOD
+
+
+class PackedCheckpoint:
+    """A packed checkpoint, read lazily: opening checks everything that the headers tell, no tensor is loaded.
+
+    Every tensor that is read is compared with the SHA-256 that was stored when it was written.
+
+    Attributes:
+        directory: where it lies.
+        config: the parsed config.json.
+        family: naming and storage of its blocks' linears.
+        sparse_layers: names of the packed linears ('model.layers.0.mlp.up_proj'), in checkpoint order.
+        value_dtype: dtype of the kept values.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = Path(directory)
+        self.config = read_config(self.directory)
+        self.family: Family = family_of(self.config["model_type"])
+        self.value_dtype = _value_dtype(self.directory, self.config)
+        self.shards = Shards(self.directory)
+        suffixes = (VALUES_SUFFIX, BITMASK_SUFFIX)
+        packed_names = {name.removesuffix(s) for s in suffixes for name in self.shards.infos if name.endswith(s)}
+        self.sparse_layers = [name for name in self._layer_order() if name in packed_names]
+        for layer in self.sparse_layers:
+            self._check_layer(layer)
+        check_complete(self.directory, self.config, self.family, self.names, self._shape)
+
+    def _layer_order(self) -> Iterator[str]:
+        seen = set()
+        for name in self.shards.infos:
+            layer = name.removesuffix(VALUES_SUFFIX).removesuffix(BITMASK_SUFFIX)
+            if layer not in seen:
+                seen.add(layer)
+                yield layer
+
+    def _check_layer(self, layer: str) -> None:
+        values = self.shards.info(layer + VALUES_SUFFIX)
+        bitmask = self.shards.info(layer + BITMASK_SUFFIX)
+        if values.dtype != self.value_dtype or bitmask.dtype != torch.uint8:
+            raise InputError(
+                f"layer '{layer}' holds {values.dtype} values and a {bitmask.dtype} bitmask, but config.json says "
+                f"{self.value_dtype} and the format torch.uint8: make the checkpoint again"
+            )
+        rows, half = values.shape if len(values.shape) == 2 else (-1, -1)
+        if half % 4 or bitmask.shape != (rows, half // 4):
+            raise InputError(
+                f"layer '{layer}' has values of shape {list(values.shape)} and a bitmask of shape {list(bitmask.shape)}, "
+                "not [N, K/2] and [N, K/8]: make the checkpoint again"
+            )
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        return self.linear_shape(name) if name.removesuffix(".weight") in self._sparse else self.shards.info(name).shape
+
+    @property
+    def names(self) -> list[str]:
+        """Names that the dense model's tensors have, the packed weights included."""
+        dense = [name for name in self.shards.infos if not name.endswith((VALUES_SUFFIX, BITMASK_SUFFIX))]
+        return dense + [f"{layer}.weight" for layer in self.sparse_layers]
+
+    @property
+    def scope(self) -> list[str]:
+        """Names that the packed weights have in the dense model."""
+        return [f"{layer}.weight" for layer in self.sparse_layers]
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """The narrowest floating dtype that holds every weight exactly."""
+        return widest(info.dtype for info in self.shards.infos.values())
+
+    def linear_shape(self, name: str) -> tuple[int, int]:
+        """(N, K) of a weight of the scope."""
+        rows, half = self.shards.info(name.removesuffix(".weight") + VALUES_SUFFIX).shape
+        return rows, 2 * half
+
+    def packed(self, layer: str) -> tuple[Tensor, Tensor]:
+        """Values [N, K/2] and bitmask [N, K/8] of one packed linear; InputError if the bitmask is damaged."""
+        bitmask = self.shards.tensor(layer + BITMASK_SUFFIX)
+        try:
+            bitmask_nibbles(bitmask)
+        except InputError as error:
+            raise InputError(f"layer '{layer}' of {self.directory}: {error}") from None
+        self._check_digest(layer + BITMASK_SUFFIX, bitmask)
+        return self._checked(layer + VALUES_SUFFIX), bitmask
+
+    def linear_weight(self, name: str) -> Tensor:
+        """Dense weight [N, K] of the packed linear whose weight has this name in the dense model."""
+        return unpack24(*self.packed(name.removesuffix(".weight")))
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor of the dense model, packed weights unpacked and stored the family's way round."""
+        if name.removesuffix(".weight") in self._sparse:
+            weight = self.linear_weight(name)
+            return weight.T.contiguous() if self.family.transposed else weight
+        return self._checked(name)
+
+    @cached_property
+    def _sparse(self) -> frozenset[str]:
+        return frozenset(self.sparse_layers)
+
+    def _checked(self, name: str) -> Tensor:
+        tensor = self.shards.tensor(name)
+        self._check_digest(name, tensor)
+        return tensor
+
+    def _check_digest(self, name: str, tensor: Tensor) -> None:
+        stored = self.shards.index.get("metadata", {}).get("sha256", {}).get(name)
+        if stored is not None and hashlib.sha256(tensor_bytes(tensor)).hexdigest() != stored:
+            raise InputError(
+                f"tensor '{name}' of {self.directory} is damaged (its SHA-256 is not the stored one): "
+                "copy or make the checkpoint again"
+            )
+
+
+def load_packed(directory: str | Path) -> PackedCheckpoint:
+    """Open a packed checkpoint and check it as far as its headers tell.
+
+    Raises:
+        InputError: no directory, not a packed checkpoint of version 1, an unknown architecture, a truncated shard, or a
+            tensor that is missing or has the wrong shape or dtype. Damaged contents are found when a tensor is read.
+    """
+    return PackedCheckpoint(directory)
+
+
+def open_checkpoint(directory: str | Path) -> Checkpoint | PackedCheckpoint:
+    """Open a model directory, dense or packed; raises as `Checkpoint` and `load_packed` do."""
+    return PackedCheckpoint(directory) if is_packed(read_config(Path(directory))) else Checkpoint(directory)
+
+
+def _value_dtype(directory: Path, config: dict[str, Any]) -> torch.dtype:
+    if not is_packed(config):
+        raise InputError(f"{directory} is not a packed checkpoint: make one with 'cast convert SRC OUT --to packed'")
+    quantization = config["quantization_config"]
+    if quantization.get("version") != VERSION:
+        raise InputError(
+            f"{directory} is a packed checkpoint of version {quantization.get('version')}, and this release reads "
+            f"version {VERSION}: upgrade it, or convert the model again"
+        )
+    if quantization.get("pattern") != PATTERN or quantization.get("value_dtype") not in VALUE_DTYPES:
+        raise InputError(
+            f"{directory} holds {quantization.get('pattern')} sparsity with {quantization.get('value_dtype')} values, and "
+            f"this release reads {PATTERN} with {', '.join(VALUE_DTYPES)}"
+        )
+    return VALUE_DTYPES[quantization["value_dtype"]]
