@@ -1,10 +1,13 @@
 """`cast bench` and `cast pipeline`."""
 
+import signal
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from benchmarks.pipeline.stages import Preset
 from conversion.errors import InputError
 
 
@@ -50,6 +53,7 @@ def bench(
     from benchmarks.report.render import write_report
     from benchmarks.report.summary import summary_table
 
+    _stop_on_sigterm()
     for directory in (dense, sparse):
         if not directory.is_dir():
             raise InputError(f"there is no directory {directory}: give a model directory")
@@ -72,6 +76,53 @@ def bench(
     console = Console()
     console.print(summary_table(result, evaluated))
     console.print(f"report: {report.resolve()}", soft_wrap=True)
+
+
+def pipeline(
+    source: Annotated[str, typer.Argument(help="Dense model: a directory, or an id on the hub.")],
+    out: Annotated[Path, typer.Option(help="Directory for everything that is made.", show_default=False)],
+    data: Annotated[Path, typer.Option(help="Text to train on: .txt, .jsonl or .parquet.", show_default=False)],
+    heldout: Annotated[Path, typer.Option(help="Other text, to evaluate on.", show_default=False)],
+    preset: Annotated[Preset, typer.Option(help="quick: minutes on a CPU; full: the paper's recipe, on a GPU.")] = (
+        Preset.quick
+    ),
+) -> None:
+    """Go the whole way: train to 2:4, evaluate, convert, serve and measure against the dense model.
+
+    Runs the other commands, each as its own process, and shows them; run again, it reuses what is finished.
+
+    Example: cast pipeline SmolLM2-135M --data train.jsonl --heldout heldout.jsonl --out demo
+    """
+    from rich.console import Console
+
+    from benchmarks.load.measurements import BenchResult
+    from benchmarks.pipeline.run import StageFailed, run_stages
+    from benchmarks.pipeline.source import local_model
+    from benchmarks.pipeline.stages import Outputs, stages
+    from benchmarks.report.quality import Quality
+    from benchmarks.report.summary import summary_table
+
+    _stop_on_sigterm()
+    for text in (data, heldout):
+        if not text.exists():
+            raise InputError(f"there is no text {text}: give a .txt, .jsonl or .parquet file")
+    directory = local_model(source)
+    out.mkdir(parents=True, exist_ok=True)
+    console = Console()
+    try:
+        run_stages(stages(directory, data, heldout, preset, out), out, console)
+    except StageFailed as failure:
+        console.print(f"stage '{failure.stage.name}' failed: mend it and run again, finished stages are kept")
+        raise typer.Exit(failure.code) from None
+    made = Outputs(out)
+    result = BenchResult.model_validate_json(made.measurements.read_bytes())
+    console.print(summary_table(result, Quality.read(made.quality)))
+    console.print(f"report: {made.page.resolve()}", soft_wrap=True)
+
+
+def _stop_on_sigterm() -> None:
+    """Leave by an exception when told to stop, so that the servers and stages that were started are stopped too."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
 def _concurrencies(text: str) -> list[int]:

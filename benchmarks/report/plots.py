@@ -53,14 +53,6 @@ def throughput_plot(result: BenchResult) -> str:
             axes.errorbar(
                 concurrencies, medians, yerr=[below, above], color=COLORS[role], marker="o", capsize=3, label=role
             )
-            axes.annotate(
-                f"{medians[-1]:.0f}",
-                (concurrencies[-1], medians[-1]),
-                xytext=(8, -3),
-                textcoords="offset points",
-                color=COLORS[role],
-                fontweight="bold",
-            )
         axes.set(xticks=concurrencies, xlabel="concurrent requests", ylabel="generated tokens/s")
         axes.set_ylim(bottom=0)
         axes.margins(x=0.1)
@@ -153,7 +145,7 @@ def memory_plot(result: BenchResult) -> str:
         axes.margins(x=0.12)
         axes.grid(axis="y", visible=False)
         axes.set_title("Memory")
-        axes.legend(loc="lower right")
+        axes.legend(loc="upper left", bbox_to_anchor=(0, -0.16), ncols=2)
 
     return _svg("memory", (5.4, 2.9), draw)
 

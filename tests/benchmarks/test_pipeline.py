@@ -1,0 +1,83 @@
+"""Reuse and failure of stages, with scripts in place of the real commands."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from benchmarks.pipeline.run import StageFailed, run_stages
+from benchmarks.pipeline.source import local_model
+from benchmarks.pipeline.stages import Preset, Stage, stages
+from conversion.errors import InputError
+
+# appends its name to a log, then copies its input to its output, or fails with the code it is given
+SCRIPT = """
+import pathlib, sys
+name, source, target, code = sys.argv[1:]
+with open("ran.log", "a") as log: print(name, file=log)
+if int(code): sys.exit(int(code))
+pathlib.Path(target).write_text(pathlib.Path(source).read_text())
+"""
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "source").write_text("weights")
+    return tmp_path
+
+
+def stage(name: str, source: str, target: str, code: int = 0) -> Stage:
+    return Stage(name, (name, source, target, str(code)), (Path(source),), (Path(target),), minutes=1)
+
+
+def chain(failing: int = 0) -> list[Stage]:
+    return [stage("train", "source", "trained"), stage("convert", "trained", "packed", failing)]
+
+
+def run(plan: list[Stage], tmp_path: Path) -> list[str]:
+    """Run and return the names of the stages that really ran."""
+    log = tmp_path / "ran.log"
+    log.unlink(missing_ok=True)
+    run_stages(plan, tmp_path, Console(quiet=True), (sys.executable, "-c", SCRIPT))
+    return log.read_text().split() if log.exists() else []
+
+
+def test_a_second_run_reuses_everything(workplace: Path) -> None:
+    assert run(chain(), workplace) == ["train", "convert"]
+    assert (workplace / "packed").read_text() == "weights"
+    assert run(chain(), workplace) == []
+
+
+def test_what_depends_on_a_change_runs_again(workplace: Path) -> None:
+    run(chain(), workplace)
+    (workplace / "packed").unlink()
+    assert run(chain(), workplace) == ["convert"]
+    os.utime(workplace / "source", ns=(1, 1))
+    assert run(chain(), workplace) == ["train", "convert"]
+    changed = [chain()[0], stage("convert", "trained", "elsewhere")]
+    assert run(changed, workplace) == ["convert"]
+
+
+def test_a_failure_stops_with_its_code_and_keeps_what_is_finished(workplace: Path) -> None:
+    with pytest.raises(StageFailed) as failure:
+        run(chain(failing=3), workplace)
+    assert (failure.value.stage.name, failure.value.code) == ("convert", 3)
+    assert run(chain(), workplace) == ["convert"]
+
+
+def test_stages_feed_each_other() -> None:
+    """Whatever a stage reads is given by the user or written by a stage before it."""
+    source, data, heldout = Path("model"), Path("train.jsonl"), Path("heldout.jsonl")
+    known = {source, data, heldout}
+    for each in stages(source, data, heldout, Preset.quick, Path("out")):
+        assert set(each.inputs) <= known, each.name
+        known |= set(each.outputs)
+
+
+def test_a_source_that_is_nowhere_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(InputError, match="'no/such-model' is no local directory"):
+        local_model("no/such-model")
