@@ -1,0 +1,41 @@
+# make demo: the whole way once, on a real model. make test: the test suite. Both set themselves up first.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO := demo
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+NATIVE := setup.py $(shell find cast_serve/kernels/csrc -type f)
+
+.PHONY: demo test lint bench-kernels clean
+
+demo: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.registry $(DEMO)
+	$(BIN)/cast pipeline $(DEMO)/SmolLM2-135M-Instruct \
+		--data $(DEMO)/train.jsonl --heldout $(DEMO)/heldout.jsonl --out $(DEMO)/out
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+bench-kernels: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.kernels
+
+clean:
+	rm -rf $(VENV) build *.egg-info
+
+# torch comes first, by its exact version: the extension is built against it, without build isolation.
+$(VENV)/.torch:
+	@command -v $(PYTHON) > /dev/null || { echo "error: $(PYTHON) is not installed: install it or set PYTHON"; exit 2; }
+	@echo "setting up $(VENV): a few minutes, once"
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) "setuptools>=77" wheel
+	$(PIP) torch==2.13.0
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml $(NATIVE)
+	$(PIP) --no-build-isolation -e ".[dev]"
+	@touch $@
