@@ -144,7 +144,6 @@ def memory_plot(result: BenchResult) -> str:
         axes.invert_yaxis()
         axes.margins(x=0.12)
         axes.grid(axis="y", visible=False)
-        axes.set_title("Memory")
         axes.legend(loc="upper left", bbox_to_anchor=(0, -0.16), ncols=2)
 
     return _svg("memory", (5.4, 2.9), draw)

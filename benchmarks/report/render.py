@@ -3,11 +3,12 @@
 import base64
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
-from benchmarks.load.measurements import ROLES, BenchResult
+from benchmarks.load.measurements import ROLES, BenchResult, Round
 from benchmarks.report import statistics
 from benchmarks.report.plots import latency_plots, memory_plot, ratio_plot, throughput_plot
 from benchmarks.report.quality import Quality
@@ -23,7 +24,7 @@ def render(result: BenchResult, quality: Quality | None = None, training_curve: 
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"ms": _ms, "mb": _mb, "fixed": _fixed}
+    environment.filters |= {"ms": _ms, "mb": _mb, "fixed": _fixed, "span": _span}
     concurrencies = result.settings.concurrencies
     ratios = {c: statistics.ratios(result, c) for c in concurrencies}
     return environment.get_template("template.html").render(
@@ -70,6 +71,11 @@ def _data_uri(png: Path) -> str:
 
 def _fixed(number: float, digits: int) -> str:
     return "–" if math.isnan(number) else f"{number:,.{digits}f}"
+
+
+def _span(rounds: Sequence[Round], quantity: str) -> str:
+    numbers = [getattr(round_, quantity) for round_ in rounds]
+    return f"{min(numbers):.2f}–{max(numbers):.2f}"
 
 
 def _ms(seconds: float) -> str:
