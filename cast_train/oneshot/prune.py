@@ -1,0 +1,126 @@
+"""Walk the transformer blocks: collect the inputs of each linear under the already pruned blocks before it, then prune."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from rich.progress import track
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from cast_train.oneshot.magnitude import magnitude
+from cast_train.oneshot.sparsegpt import sparsegpt
+from cast_train.oneshot.wanda import wanda
+from conversion.errors import InputError
+
+METHODS = ("magnitude", "wanda", "sparsegpt")
+CALIBRATED = {"wanda": wanda, "sparsegpt": sparsegpt}
+SEQUENCES_PER_FORWARD = 8
+
+
+class _FirstBlockReached(Exception):
+    """Carries the first block's inputs out of the model's forward."""
+
+
+@torch.no_grad()
+def prune(
+    model: PreTrainedModel, method: str, calibration: torch.Tensor | None = None, shrink: float = 0.0
+) -> None:
+    """Prune every linear of the blocks in place.
+
+    Args:
+        model: a float32 causal language model.
+        method: one of METHODS.
+        calibration: int64 token ids [samples, length]; needed by wanda and sparsegpt.
+        shrink: masked weights are multiplied by this; 0 cuts them and makes the model exactly 2:4.
+
+    Raises:
+        InputError: unknown method, or calibration text missing.
+    """
+    if method not in METHODS:
+        raise InputError(f"unknown one-shot method '{method}': use one of {', '.join(METHODS)}")
+    layers = transformer_blocks(model)
+    if method == "magnitude":
+        for linear in (linear for layer in layers for linear in linears(layer)):
+            _write(linear, magnitude(_read(linear), shrink))
+        return
+    if calibration is None:
+        raise InputError(f"{method} needs calibration text: give training data")
+
+    training = model.training
+    model.eval()
+    batches = calibration.split(SEQUENCES_PER_FORWARD)
+    inputs = [_first_block_inputs(model, layers[0], batch) for batch in batches]
+    for layer in track(layers, description=f"{method}: pruning blocks"):
+        grams = _gram_matrices(layer, inputs)
+        for linear in linears(layer):
+            _write(linear, CALIBRATED[method](_read(linear), grams[linear], shrink))
+        inputs = [((_forward(layer, args, kwargs), *args[1:]), kwargs) for args, kwargs in inputs]
+    model.train(training)
+
+
+def transformer_blocks(model: PreTrainedModel) -> nn.ModuleList:
+    """Return the list of transformer blocks, which every supported family holds as one ModuleList."""
+    count = model.config.num_hidden_layers
+    return next(m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count)
+
+
+def linears(layer: nn.Module) -> Iterator[nn.Linear | Conv1D]:
+    """Yield the linears of one block whose input size allows packing (a multiple of 8)."""
+    for module in layer.modules():
+        if isinstance(module, nn.Linear | Conv1D) and _read(module).shape[1] % 8 == 0:
+            yield module
+
+
+def _read(linear: nn.Linear | Conv1D) -> torch.Tensor:
+    """The weight as [out, in] whatever the module stores."""
+    return linear.weight.T if isinstance(linear, Conv1D) else linear.weight
+
+
+def _write(linear: nn.Linear | Conv1D, weight: torch.Tensor) -> None:
+    linear.weight.copy_(weight.T if isinstance(linear, Conv1D) else weight)
+
+
+def _first_block_inputs(
+    model: PreTrainedModel, first: nn.Module, batch: torch.Tensor
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def catch(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        raise _FirstBlockReached(args, kwargs)
+
+    handle = first.register_forward_pre_hook(catch, with_kwargs=True)
+    try:
+        model(batch, use_cache=False)
+    except _FirstBlockReached as reached:
+        return reached.args[0], reached.args[1]
+    finally:
+        handle.remove()
+    raise AssertionError("the model's forward never reached its first block")
+
+
+def _gram_matrices(
+    layer: nn.Module, inputs: list[tuple[tuple[Any, ...], dict[str, Any]]]
+) -> dict[nn.Linear | Conv1D, torch.Tensor]:
+    """Return X^T X [K, K] of each linear's inputs; linears that read the same tensor (q, k, v) share one matrix."""
+    grams: dict[nn.Linear | Conv1D, torch.Tensor] = {}
+    last: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def accumulate(module: nn.Module, args: tuple[Any, ...]) -> None:
+        nonlocal last
+        if last is None or last[0] is not args[0]:
+            x_TK = args[0].reshape(-1, args[0].shape[-1])
+            last = (args[0], x_TK.T @ x_TK)
+        grams[module] = grams[module] + last[1] if module in grams else last[1]
+
+    handles = [linear.register_forward_pre_hook(accumulate) for linear in linears(layer)]
+    for args, kwargs in inputs:
+        _forward(layer, args, kwargs)
+        last = None
+    for handle in handles:
+        handle.remove()
+    return grams
+
+
+def _forward(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    output = layer(*args, **kwargs)
+    return output[0] if isinstance(output, tuple) else output
