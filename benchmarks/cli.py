@@ -20,7 +20,9 @@ def bench(
     concurrency: Annotated[str, typer.Option(help="Numbers of concurrent requests to try.")] = "1,4,8",
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Length of every prompt.")] = 128,
     output_tokens: Annotated[int, typer.Option(min=2, help="Length of every answer.")] = 64,
-    requests: Annotated[int, typer.Option(min=1, help="Requests of each concurrent user in a round.")] = 2,
+    requests: Annotated[
+        int, typer.Option(min=1, help="Requests of each concurrent user in a round, and at least 4 in all.")
+    ] = 2,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds of each model; the spread is taken over them.")] = 3,
     prompts: Annotated[
         Path | None,

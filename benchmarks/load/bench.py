@@ -45,7 +45,8 @@ def measure(
     alternates (dense, sparse, sparse, dense, ...), so that a slow drift of the machine falls on both alike. InputError
     if a server fails, the sparse one runs no sparse layer, or the requests do not fit the context.
     """
-    count = max(settings.concurrencies) * settings.requests_per_user
+    requests = {concurrency: settings.requests_at(concurrency) for concurrency in settings.concurrencies}
+    count = max(requests.values())
     if prompt_file is None:
         prompts = random_prompts(count, settings.prompt_tokens, min(map(vocab_size, directories.values())))
     else:
@@ -63,9 +64,8 @@ def measure(
         result = BenchResult(
             date=datetime.now(UTC), device="cpu", machine=this_machine(), settings=settings, models=models, rounds=[]
         )
-        requests = sum(settings.concurrencies) * settings.requests_per_user
         with _progress(console) as progress:
-            task = progress.add_task("load test", total=requests * len(ROLES) * settings.rounds)
+            task = progress.add_task("load test", total=sum(requests.values()) * len(ROLES) * settings.rounds)
             for index in range(settings.rounds):
                 for role in ROLES if index % 2 == 0 else reversed(ROLES):
                     progress.update(task, description=f"round {index + 1}, {role}")
@@ -74,8 +74,7 @@ def measure(
                         model=models[role].id,
                         prompts=prompts,
                         output_tokens=settings.output_tokens,
-                        concurrencies=settings.concurrencies,
-                        requests_per_user=settings.requests_per_user,
+                        requests=requests,
                         warmup_users=max(settings.concurrencies) if index == 0 else 1,
                     )
                     round_ = _load_one(index, role, servers, plan, lambda: progress.advance(task))
@@ -113,7 +112,7 @@ def _load_one(index: int, role: Role, servers: dict[Role, Server], plan: LoadPla
     loaded_cores = (loaded.cpu_s() - loaded_cpu) / wall
     idle_cores = (idle.cpu_s() - idle_cpu) / wall
     others = (_machine_cpu_s() - machine) / wall - loaded_cores - idle_cores
-    levels = [Level(concurrency=c, samples=[s for s in samples if s.concurrency == c]) for c in plan.concurrencies]
+    levels = [Level(concurrency=c, samples=[s for s in samples if s.concurrency == c]) for c in plan.requests]
     for level in levels:
         if not level.succeeded:
             reason = level.samples[0].error if level.samples else "the load process reported none"

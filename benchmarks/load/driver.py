@@ -44,8 +44,8 @@ def main() -> None:
     logging.getLogger("locust").setLevel(logging.ERROR)
     plan = LoadPlan.model_validate_json(sys.stdin.read())
     run_level(plan, plan.warmup_users, plan.warmup_users, min(WARMUP_TOKENS, plan.output_tokens), recorded=False)
-    for users in plan.concurrencies:
-        run_level(plan, users, users * plan.requests_per_user, plan.output_tokens, recorded=True)
+    for users, requests in plan.requests.items():
+        run_level(plan, users, requests, plan.output_tokens, recorded=True)
 
 
 if __name__ == "__main__":

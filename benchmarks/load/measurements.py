@@ -6,6 +6,8 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 Role = Literal["dense", "sparse"]
+MIN_REQUESTS = 4
+"""Fewest requests at any concurrency in a round: a single user's speed is what people ask for first."""
 ROLES: tuple[Role, Role] = ("dense", "sparse")
 
 
@@ -21,8 +23,8 @@ class LoadPlan(_Record):
     prompts: list[list[int]]
     """Token ids. Request i of a level sends prompt i modulo their number."""
     output_tokens: int
-    concurrencies: list[int]
-    requests_per_user: int
+    requests: dict[int, int]
+    """Numbers of requests by concurrency, in the order to run them."""
     warmup_users: int
     """Concurrent unrecorded requests before the first level."""
     timeout_s: float = 300.0
@@ -132,6 +134,10 @@ class Settings(_Record):
     prompt_source: str = "random token ids, seed 0"
     threads: int | None = None
     """Threads of each server; None leaves the server its default."""
+
+    def requests_at(self, concurrency: int) -> int:
+        """Requests of one model in one round at this concurrency."""
+        return max(MIN_REQUESTS, concurrency * self.requests_per_user)
 
 
 class BenchResult(_Record):

@@ -36,8 +36,7 @@ def plan(port: int, **changes: object) -> LoadPlan:
         model="fake",
         prompts=[[1, 2, 3], [4, 5, 6]],
         output_tokens=11,
-        concurrencies=[1, 3],
-        requests_per_user=2,
+        requests={1: 2, 3: 6},
         warmup_users=1,
     )
     return base.model_copy(update=changes)
@@ -70,7 +69,7 @@ def test_known_delays_are_measured(tmp_path: Path) -> None:
 def test_failed_requests_are_counted(tmp_path: Path, fault: str, failures: int, reason: str) -> None:
     with server(tmp_path, first_s=0, gap_s=0, fault=fault) as running:
         running.wait_ready()
-        samples = list(drive(plan(running.port, concurrencies=[2])))
+        samples = list(drive(plan(running.port, requests={2: 4})))
     assert len(samples) == 4
     found = [sample.error for sample in samples if sample.error is not None]
     assert len(found) == failures
@@ -96,7 +95,7 @@ def test_both_servers_take_turns(tmp_path: Path) -> None:
     assert result.models["sparse"].sparse_layers == 7
     assert result.rounds[0].memory.reported == 15_000_000
     assert result.rounds[0].memory.resident > 1e6
-    assert all(len(level.succeeded) == level.concurrency for r in result.rounds for level in r.levels)
+    assert all(len(level.succeeded) == 4 for r in result.rounds for level in r.levels)
     assert all(s.prompt_tokens == 5 for r in result.rounds for level in r.levels for s in level.samples)
     dense, sparse = (result.levels_of(role, 1)[0].tokens_per_s for role in ("dense", "sparse"))
     assert sparse > 1.2 * dense
