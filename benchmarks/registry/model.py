@@ -16,7 +16,7 @@ def fetch_model(out: Path) -> None:
         gguf = fetch(MODEL, scratch)
         model = AutoModelForCausalLM.from_pretrained(scratch, gguf_file=gguf.name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(scratch, gguf_file=gguf.name)
-        # The weights are plain float32 now; without this, transformers would write the GGUF quantization into the config.
+        # The weights are plain float32 now: keep the GGUF quantization out of the saved config.
         model.hf_quantizer = None
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config

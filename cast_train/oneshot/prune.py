@@ -1,4 +1,4 @@
-"""Walk the transformer blocks: collect the inputs of each linear under the already pruned blocks before it, then prune."""
+"""Walk the transformer blocks: collect each linear's inputs behind the blocks already pruned, then prune it."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -24,9 +24,7 @@ class _FirstBlockReached(Exception):
 
 
 @torch.no_grad()
-def prune(
-    model: PreTrainedModel, method: str, calibration: torch.Tensor | None = None, shrink: float = 0.0
-) -> None:
+def prune(model: PreTrainedModel, method: str, calibration: torch.Tensor | None = None, shrink: float = 0.0) -> None:
     """Prune every linear of the blocks in place.
 
     Args:
