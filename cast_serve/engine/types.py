@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-FinishReason = Literal["stop", "length", "abort"]
+FinishReason = Literal["stop", "length"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class TokenEvent:
         logprob: natural log-probability under the model (temperature 1), None unless asked for.
         top_logprobs: the most likely (token_id, logprob) pairs, best first; empty unless asked for.
         finish_reason: set on the last event of a request. "stop": a stop token; "length": max_tokens or the context is
-            full; "abort": cancelled.
+            full.
     """
 
     token_id: int

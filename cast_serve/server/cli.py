@@ -1,0 +1,62 @@
+"""`cast serve`."""
+
+import enum
+import importlib.util
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from conversion.errors import InputError
+
+
+class ValueDtype(enum.StrEnum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+def serve(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="ONNX, packed or dense model directory.")],
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8000,
+    served_model_name: Annotated[
+        str | None, typer.Option(help="Model id in the API; default: the directory's name.")
+    ] = None,
+    max_batch_size: Annotated[int, typer.Option(min=1, help="Most sequences in one engine step.")] = 8,
+    max_queue: Annotated[int, typer.Option(min=0, help="Most sequences that wait; more are answered with 429.")] = 256,
+    kv_cache_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens that the KV cache holds; default: chosen by the engine.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads that compute; default: all cores.")] = None,
+    value_dtype: Annotated[
+        ValueDtype | None, typer.Option(help="Dtype of a 2:4 model's kept values; default: as DIR holds them.")
+    ] = None,
+) -> None:
+    """Serve a model behind an OpenAI-compatible endpoint (/v1/completions, /v1/chat/completions, /metrics).
+
+    DIR is a directory made by `cast convert --to onnx`, or a packed or dense Hugging Face directory; that one is
+    converted first, once, into DIR/onnx (DIR/onnx-bfloat16 with --value-dtype bfloat16).
+    """
+    _require_packages()
+    from cast_serve.server.model import ServedModel
+    from cast_serve.server.model_dir import find_onnx_dir
+    from cast_serve.server.run import bind, run
+
+    if not directory.is_dir():
+        raise InputError(f"model directory {directory} does not exist")
+    listener = bind(host, port)
+    onnx_dir = find_onnx_dir(directory, value_dtype.value if value_dtype else None)
+    name = served_model_name or directory.resolve().name
+    run(
+        listener,
+        lambda: ServedModel.load(
+            onnx_dir, name, max_batch_size=max_batch_size, kv_cache_tokens=kv_cache_tokens, threads=threads
+        ),
+        capacity=max_batch_size + max_queue,
+    )
+
+
+def _require_packages() -> None:
+    for package in ("onnxruntime", "fastapi", "uvicorn", "prometheus_client", "tokenizers", "jinja2"):
+        if importlib.util.find_spec(package) is None:
+            raise InputError(f"cast serve needs the package '{package}': pip install 'cast-serve[serve]'")

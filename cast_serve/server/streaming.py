@@ -1,0 +1,82 @@
+"""Answers that end when the client does: a request whose client has gone must not keep the engine busy."""
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncIterator, Coroutine
+from typing import TypeVar
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from cast_serve.server.errors import APIError
+from cast_serve.server.job import Job
+from cast_serve.server.sse import DONE
+
+CLIENT_CLOSED_REQUEST = 499  # nginx's status for "the client went away"; nobody receives it
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+async def run_until_disconnect(receive: Receive, work: Coroutine[None, None, T]) -> T | None:
+    """Return what `work` returns, or cancel it and return None when the client disconnects first.
+
+    The request's body must have been read: the next message from `receive` is then the disconnection.
+    """
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_disconnected(receive))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        return task.result() if task.done() else None
+    finally:
+        gone.cancel()
+        task.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class EventStream(Response):
+    """Sends `events` as they come, while the client is there, and leaves `job` at the end.
+
+    starlette's StreamingResponse would do, but costs more per chunk and lets a suspended generator linger after a
+    disconnect.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, job: Job, events: AsyncIterator[bytes]) -> None:
+        self.status_code = 200
+        self.background = None
+        self.init_headers({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        self._job = job
+        self._events = events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._job:
+            await run_until_disconnect(receive, self._send_all(send))
+
+    async def _send_all(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        try:
+            async for event in self._events:
+                await send({"type": "http.response.body", "body": event, "more_body": True})
+        except Exception as error:
+            # The status line is out: all that is left is an error event, as OpenAI's API sends it.
+            failure = (
+                error if isinstance(error, APIError) else APIError("the server failed on this request", status=500)
+            )
+            if failure is not error:
+                logger.exception("a stream failed")
+            await send(
+                {
+                    "type": "http.response.body",
+                    "body": f"data: {json.dumps(failure.body())}\n\n".encode(),
+                    "more_body": True,
+                }
+            )
+        await send({"type": "http.response.body", "body": DONE, "more_body": False})
