@@ -10,14 +10,14 @@ if TYPE_CHECKING:
     from conversion.pack import save_packed
     from conversion.packed import pack24, unpack24
     from conversion.packed_checkpoint import load_packed
-    from conversion.verify import verify
+    from conversion.verification import verify
 
 _MODULES = {
     "pack24": "conversion.packed",
     "unpack24": "conversion.packed",
     "save_packed": "conversion.pack",
     "load_packed": "conversion.packed_checkpoint",
-    "verify": "conversion.verify",
+    "verify": "conversion.verification",
 }
 
 __all__ = ["load_packed", "pack24", "save_packed", "unpack24", "verify"]

@@ -1,0 +1,167 @@
+"""Export a model directory, packed or dense, to the directory that the ONNX Runtime engine serves."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from transformers import AutoTokenizer, PreTrainedModel
+
+from conversion.atomic import new_directory
+from conversion.checkpoint import COMPANION_FILES, Checkpoint
+from conversion.dense_model import dense_model
+from conversion.errors import InputError
+from conversion.fingerprint import source_fingerprint
+from conversion.onnx.dense_linear import use_dense_linear
+from conversion.onnx.logits_rows import select_logits_rows
+from conversion.onnx.paged_attention import head_dim, use_paged_attention
+from conversion.onnx.sparse_matmul import use_sparse_matmul
+from conversion.onnx.stock_graph import stock_graph
+from conversion.packed import PATTERN
+from conversion.packed_checkpoint import PackedCheckpoint, open_checkpoint
+from conversion.progress import byte_progress
+
+MODEL = "model.onnx"
+MANIFEST = "cast_onnx.json"
+MANIFEST_VERSION = 1
+PAGE = 4096  # large initializers start on a page, so that ONNX Runtime maps them from the file
+
+_VALUE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def export(
+    source_dir: str | Path,
+    out_dir: str | Path,
+    value_dtype: str | None = None,
+    *,
+    overwrite: bool = False,
+    show_progress: bool = False,
+) -> None:
+    """Export a packed or dense-stored Hugging Face model directory.
+
+    A source whose whole scope is 2:4 gets sparse operators; any other keeps the stock builder's dense graph, changed in
+    its attention only. Holds the dense model in memory once, in its own dtype.
+
+    Args:
+        source_dir: packed checkpoint, or dense-stored model.
+        out_dir: appears complete or not at all.
+        value_dtype: "float32" or "bfloat16" for the kept values of a 2:4 model; None keeps bfloat16 as it is and takes
+            float32 for the rest. Must be None or "float32" for a dense model.
+        overwrite: replace an existing `out_dir`.
+
+    Raises:
+        InputError: the source is damaged or of an unsupported architecture, value_dtype does not apply, or `out_dir`
+            exists.
+    """
+    source = open_checkpoint(source_dir)
+    sparse = isinstance(source, PackedCheckpoint) or source.first_violation() is None
+    dtype = _value_dtype(source, sparse, value_dtype)
+    with new_directory(Path(out_dir), overwrite) as building:
+        model = dense_model(source)
+        graph = stock_graph(model)
+        use_paged_attention(graph, model.config)
+        select_logits_rows(graph)
+        panels: list[tuple[str, str]] = []
+        if sparse:
+            panels = use_sparse_matmul(graph, dtype)
+            use_dense_linear(graph, model.get_input_embeddings().weight, model.get_output_embeddings().weight)
+        _save(graph, building, show_progress)
+        _copy_companions(source.directory, building)
+        manifest = _manifest(source, model, graph, dtype, panels)
+        (building / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+
+
+def _value_dtype(source: Checkpoint | PackedCheckpoint, sparse: bool, requested: str | None) -> torch.dtype:
+    if requested is not None and requested not in _VALUE_DTYPES:
+        raise InputError(f"value dtype '{requested}' cannot be exported: use one of {', '.join(_VALUE_DTYPES)}")
+    if not sparse and requested not in (None, "float32"):
+        raise InputError(
+            f"{source.directory} is not 2:4, and a dense model is exported in float32 only: leave --value-dtype out"
+        )
+    if requested is not None:
+        return _VALUE_DTYPES[requested]
+    stored = {source.value_dtype} if isinstance(source, PackedCheckpoint) else _scope_dtypes(source)
+    return torch.bfloat16 if sparse and stored == {torch.bfloat16} else torch.float32
+
+
+def _scope_dtypes(source: Checkpoint) -> set[torch.dtype]:
+    return {source.shards.info(name).dtype for name in source.scope}
+
+
+def _save(graph: ir.Model, directory: Path, show_progress: bool) -> None:
+    total = sum(tensor.nbytes for tensor in _weights(graph))
+    with byte_progress("exporting", total, show_progress) as advance:
+        ir.save(
+            graph,
+            directory / MODEL,
+            external_data=f"{MODEL}.data",
+            callback=lambda tensor, _: advance(tensor.nbytes),
+            max_workers=1,
+            alignment=PAGE,
+            align_threshold=PAGE,
+        )
+
+
+def _weights(graph: ir.Model) -> list[ir.TensorProtocol]:
+    return [value.const_value for value in graph.graph.initializers.values() if value.const_value is not None]
+
+
+def _copy_companions(source: Path, directory: Path) -> None:
+    """Copy config and tokenizer; make tokenizer.json and chat_template.jinja where the source has them in older forms."""
+    config = json.loads((source / "config.json").read_text())
+    config.pop("quantization_config", None)
+    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    for file in COMPANION_FILES:
+        if (source / file).is_file():
+            shutil.copyfile(source / file, directory / file)
+    slow = [file for file in ("vocab.json", "vocab.txt", "tokenizer.model") if (source / file).is_file()]
+    if slow and not (source / "tokenizer.json").is_file():
+        AutoTokenizer.from_pretrained(source).backend_tokenizer.save(str(directory / "tokenizer.json"))
+    if (source / "tokenizer_config.json").is_file() and not (source / "chat_template.jinja").is_file():
+        template = json.loads((source / "tokenizer_config.json").read_text()).get("chat_template")
+        if isinstance(template, str):
+            (directory / "chat_template.jinja").write_text(template)
+
+
+def _manifest(
+    source: Checkpoint | PackedCheckpoint,
+    model: PreTrainedModel,
+    graph: ir.Model,
+    dtype: torch.dtype,
+    panels: list[tuple[str, str]],
+) -> dict[str, Any]:
+    config = model.config
+    nbytes = {value.name: value.const_value.nbytes for value in graph.graph.initializers.values()}
+    token_ids = _token_ids(source)
+    return {
+        "version": MANIFEST_VERSION,
+        "pattern": PATTERN if panels else "dense",
+        "value_dtype": str(dtype).removeprefix("torch."),
+        "sparse_layers": len(panels),
+        "weight_bytes": sum(nbytes.values()),
+        "sparse_weight_bytes": sum(nbytes[name] for pair in panels for name in pair),
+        "num_layers": config.num_hidden_layers,
+        "kv_num_heads": getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+        "head_dim": head_dim(config),
+        "context_length": config.max_position_embeddings,
+        "vocab_size": config.vocab_size,
+        "eos_token_ids": token_ids("eos_token_id"),
+        "bos_token_id": next(iter(token_ids("bos_token_id")), None),
+        "source_fingerprint": source_fingerprint(source.directory),
+        "inputs": [value.name for value in graph.graph.inputs],
+    }
+
+
+def _token_ids(source: Checkpoint | PackedCheckpoint) -> Callable[[str], list[int]]:
+    """Look special tokens up in generation_config.json, then in config.json; always as a list."""
+    path = source.directory / "generation_config.json"
+    generation = json.loads(path.read_text()) if path.is_file() else {}
+
+    def ids(name: str) -> list[int]:
+        value = generation.get(name, source.config.get(name))
+        return value if isinstance(value, list) else [] if value is None else [value]
+
+    return ids

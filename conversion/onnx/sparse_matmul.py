@@ -1,0 +1,101 @@
+"""Rewrite 3: MatMul with a 2:4 weight -> cast24::Sparse24MatMul with panels."""
+
+from collections.abc import Callable
+
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from conversion.onnx.paged_attention import DOMAIN
+from conversion.packed import pack24
+from conversion.panel import GROUPS_PER_WORD, ROWS, to_panels
+
+_BLOCKS = "model.layers."  # the builder's names of everything inside the transformer blocks
+
+
+def use_sparse_matmul(model: ir.Model, value_dtype: torch.dtype) -> list[tuple[str, str]]:
+    """Replace the MatMul of every linear in the blocks whose input size is a multiple of 8, in place.
+
+    Panels are made when the graph is saved, one linear at a time. A bias that is added right after becomes the operator's.
+
+    Args:
+        model: a graph whose in-scope weights [K, N] are 2:4 along K.
+        value_dtype: float32 or bfloat16, to which kept values are rounded.
+
+    Returns:
+        Names of the (values, indices) initializers of each replaced MatMul.
+    """
+    graph = model.graph
+    replaced = []
+    for node in [node for node in graph if node.op_type == "MatMul"]:
+        weight = node.inputs[1]
+        if not weight.is_initializer() or not weight.name.startswith(_BLOCKS) or weight.shape[0] % 8:
+            continue
+        columns, rows = weight.shape
+        values, indices = _panel_initializers(weight, value_dtype)
+        graph.register_initializer(values)
+        graph.register_initializer(indices)
+        replaced.append((values.name, indices.name))
+        last, bias = _following_bias(node)
+        sparse = ir.node(
+            "Sparse24MatMul",
+            [node.inputs[0], values, indices, bias],
+            {"N": rows, "K": columns, "value_dtype": str(value_dtype).removeprefix("torch.")},
+            domain=DOMAIN,
+            name=node.name.replace("MatMul", "Sparse24MatMul"),
+        )
+        old = [node] if last is node else [last, node]
+        ir.convenience.replace_nodes_and_values(graph, last, old, [sparse], [last.outputs[0]], [sparse.outputs[0]])
+        graph.initializers.pop(weight.name)
+    return replaced
+
+
+def _following_bias(matmul: ir.Node) -> tuple[ir.Node, ir.Value | None]:
+    """The Add of a bias vector that alone consumes a MatMul, with the bias; else the MatMul itself and None."""
+    uses = matmul.outputs[0].uses()
+    if len(uses) == 1 and uses[0].node.op_type == "Add":
+        add = uses[0].node
+        bias = add.inputs[1 - uses[0].idx]
+        if bias.is_initializer() and len(bias.shape) == 1:
+            return add, bias
+    return matmul, None
+
+
+def _panel_initializers(weight: ir.Value, dtype: torch.dtype) -> tuple[ir.Value, ir.Value]:
+    columns, rows = weight.shape
+    panels, groups = -(-rows // ROWS), columns // 4
+    words = -(-groups // GROUPS_PER_WORD)
+    layout = [panels, groups, 2, ROWS] if dtype == torch.float32 else [panels, groups, ROWS, 2]
+    value_type = ir.DataType.FLOAT if dtype == torch.float32 else ir.DataType.BFLOAT16
+    made = _Panels(weight.const_value, dtype)
+    base = weight.name.removesuffix("MatMul.weight")
+    return (
+        _lazy(f"{base}values", value_type, layout, made.values),
+        _lazy(f"{base}indices", ir.DataType.UINT32, [panels, words, ROWS], made.indices),
+    )
+
+
+class _Panels:
+    """Packs a weight when its values are asked for, and keeps its indices until they are asked for too."""
+
+    def __init__(self, weight: ir.TensorProtocol, dtype: torch.dtype) -> None:
+        self._weight = weight
+        self._dtype = dtype
+        self._indices: Tensor | None = None
+
+    def _pack(self) -> tuple[Tensor, Tensor]:
+        values, bitmask = pack24(torch.from_numpy(self._weight.numpy()).T)
+        return to_panels(values.to(self._dtype), bitmask)
+
+    def values(self) -> ir.TensorProtocol:
+        values, self._indices = self._pack()
+        return ir.tensor(values)
+
+    def indices(self) -> ir.TensorProtocol:
+        indices, self._indices = self._pack()[1] if self._indices is None else self._indices, None
+        return ir.tensor(indices.numpy())
+
+
+def _lazy(name: str, dtype: ir.DataType, shape: list[int], make: Callable[[], ir.TensorProtocol]) -> ir.Value:
+    tensor = ir.LazyTensor(make, dtype=dtype, shape=ir.Shape(shape), name=name)
+    return ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape), const_value=tensor)
