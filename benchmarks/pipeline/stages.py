@@ -100,7 +100,7 @@ def stages(source: Path, data: Path, heldout: Path, preset: Preset, out: Path) -
         ),
         Stage(
             "convert",
-            ("convert", f"{to.cast}", "--to", "packed", "--out", f"{to.packed}"),
+            ("convert", f"{to.cast}", f"{to.packed}", "--to", "packed", "--overwrite"),
             inputs=(to.cast,),
             outputs=(to.packed,),
             minutes=0.5,
