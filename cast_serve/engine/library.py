@@ -12,9 +12,9 @@ LIBRARY = Path(cast_serve.__file__).parent / "kernels" / "libcast24.so"
 
 
 def require_library() -> Path:
-    """The path of the kernel library, for `SessionOptions.register_custom_ops_library`; InputError if it is not built."""
+    """The path of the kernel library, for `register_custom_ops_library`; InputError if it is not built."""
     if not LIBRARY.is_file():
-        raise InputError(f"the kernel library {LIBRARY} is not built: reinstall the package with pip, with a C++ compiler")
+        raise InputError(f"the kernel library {LIBRARY} is not built: install the package again, with a C++ compiler")
     return LIBRARY
 
 

@@ -1,0 +1,48 @@
+"""The paged key-value cache: memory for all layers, and who holds which blocks."""
+
+import mmap
+
+import numpy as np
+
+BLOCK_TOKENS = 16
+
+
+class BlockAllocator:
+    """Hands out block numbers. The most recently freed go first, so that little used memory is never touched."""
+
+    def __init__(self, blocks: int) -> None:
+        self.total = blocks
+        self._free = list(range(blocks - 1, -1, -1))
+
+    @property
+    def free(self) -> int:
+        return len(self._free)
+
+    def take(self, count: int) -> list[int]:
+        """`count` block numbers; the caller has checked that so many are free."""
+        assert count <= len(self._free), "more blocks taken than are free"
+        return [self._free.pop() for _ in range(count)]
+
+    def give_back(self, blocks: list[int]) -> None:
+        self._free.extend(reversed(blocks))
+
+
+def blocks_for(tokens: int) -> int:
+    """Blocks that hold `tokens` tokens."""
+    return -(-tokens // BLOCK_TOKENS)
+
+
+def allocate_caches(layers: int, blocks: int, kv_heads: int, head_dim: int) -> list[np.ndarray]:
+    """Key and value caches of all layers: 2 * layers float32 arrays [blocks, BLOCK_TOKENS, kv_heads, head_dim], zero.
+
+    Pages become resident when they are first written. Huge pages are declined: they would make 2 MB per array resident
+    for the first token.
+    """
+    shape = (blocks, BLOCK_TOKENS, kv_heads, head_dim)
+    caches = []
+    for _ in range(2 * layers):
+        memory = mmap.mmap(-1, int(np.prod(shape)) * 4)
+        if hasattr(mmap, "MADV_NOHUGEPAGE"):
+            memory.madvise(mmap.MADV_NOHUGEPAGE)
+        caches.append(np.frombuffer(memory, np.float32).reshape(shape))
+    return caches
