@@ -54,6 +54,7 @@ def bench(
     from benchmarks.report.quality import Quality
     from benchmarks.report.render import write_report
     from benchmarks.report.summary import summary_table
+    from cast_serve.server.model_dir import find_onnx_dir
 
     _stop_on_sigterm()
     for directory in (dense, sparse):
@@ -70,6 +71,8 @@ def bench(
     )
     if prompts is not None:
         settings.prompt_source = f"cut from {prompts.name}"
+    for directory in (dense, sparse):
+        find_onnx_dir(directory, None)  # `cast serve` would do it too, but it is no part of a server's start
     out.mkdir(parents=True, exist_ok=True)
     result = measure(
         {"dense": dense, "sparse": sparse}, settings, out, partial(serve_command, threads=threads), prompts
