@@ -1,0 +1,30 @@
+"""CAST: continuous and differentiable training of language models to 2:4 sparsity (arXiv:2509.25996)."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cast_train.adams import AdamS
+    from cast_train.budget import decay_budget
+    from cast_train.config import CastConfig
+    from cast_train.mask import nm_mask
+    from cast_train.sparsify import finalize, sparsify
+    from cast_train.trainer import CastTrainer
+
+__all__ = ["AdamS", "CastConfig", "CastTrainer", "decay_budget", "finalize", "nm_mask", "sparsify"]
+
+_MODULES = {
+    "AdamS": "adams",
+    "CastConfig": "config",
+    "CastTrainer": "trainer",
+    "decay_budget": "budget",
+    "finalize": "sparsify",
+    "nm_mask": "mask",
+    "sparsify": "sparsify",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -1,0 +1,98 @@
+"""`cast train`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def train(
+    source: Annotated[str, typer.Argument(help="Dense model: a Hugging Face directory, or a hub id.")],
+    data: Annotated[
+        list[str],
+        typer.Option(
+            help="Training text: .txt, .jsonl or .parquet file, directory of them, or hub dataset id; may be repeated."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Directory to make for the 2:4 model.")],
+    preset: Annotated[
+        str, typer.Option(help="Settings to start from: 'quick' (minutes on a CPU) or 'full' (the paper's).")
+    ] = "quick",
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Training tokens, instead of --steps.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    decay: Annotated[str | None, typer.Option(help="Pull on masked weights (the paper's lambda), or 'auto'.")] = None,
+    eta: Annotated[float | None, typer.Option(help="Weight of the KL term against the dense model, 0 to 1.")] = None,
+    schedule: Annotated[str | None, typer.Option(help="How the learning rate falls: linear or cosine.")] = None,
+    warm_start: Annotated[str | None, typer.Option(help="One-shot start: none, magnitude, wanda or sparsegpt.")] = None,
+    shrink: Annotated[
+        float | None, typer.Option(help="What a warm start multiplies masked weights by; 0 cuts them.")
+    ] = None,
+    batch_tokens: Annotated[int | None, typer.Option(help="Tokens per step.")] = None,
+    block_length: Annotated[int | None, typer.Option(help="Tokens per training sequence.")] = None,
+    precision: Annotated[str | None, typer.Option(help="Arithmetic of the passes: auto, bf16 or fp32.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Order of the training text.")] = None,
+    save_steps: Annotated[int | None, typer.Option(help="Steps between two checkpoints.")] = None,
+    log_steps: Annotated[int | None, typer.Option(help="Steps between two log lines.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Train even if decay cannot bring masked weights to zero.")
+    ] = False,
+) -> None:
+    """Train a dense model to exact 2:4 sparsity with CAST.
+
+    Needs a Llama, Mistral, Qwen2, Qwen3, GPT-2 or OPT model with safetensors weights. Checkpoints and metrics lie in
+    OUT.run until OUT is complete. Example:
+
+        cast train HuggingFaceTB/SmolLM2-135M-Instruct --data texts/ --out smollm2-24 --preset quick
+    """
+    from cast_train.config import PRESETS, CastConfig
+    from conversion.errors import InputError
+
+    if preset not in PRESETS:
+        raise InputError(f"there is no preset '{preset}': use one of {', '.join(PRESETS)}")
+    config = CastConfig.preset(
+        preset,
+        steps=steps,
+        tokens=tokens,
+        lr=lr,
+        decay=decay,
+        eta=eta,
+        schedule=schedule,
+        warm_start=warm_start,
+        shrink=shrink,
+        batch_tokens=batch_tokens,
+        block_length=block_length,
+        precision=precision,
+        seed=seed,
+        save_steps=save_steps,
+        log_steps=log_steps,
+    )
+    import transformers
+
+    from cast_train.training import train as train_model
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    train_model(source, data, out, config, resume=resume, force=force)
+
+
+def evaluate(
+    models: Annotated[list[Path], typer.Argument(help="Model directories to score, dense or packed.")],
+    data: Annotated[Path, typer.Option(help="Held-out text: .txt, .jsonl or .parquet file.")],
+    context: Annotated[int, typer.Option(help="Tokens per window.", min=2)] = 1024,
+    tokens: Annotated[int, typer.Option(help="Most tokens of the text to score.", min=2)] = 50_176,
+    json: Annotated[Path | None, typer.Option(help="File to write the results to.")] = None,
+) -> None:
+    """Measure perplexity on held-out text, every model on the same windows.
+
+    Documents are joined by a blank line and cut into windows that do not overlap. Example:
+
+        cast eval dense/ sparse/ --data heldout.jsonl
+    """
+    from cast_train.evaluation import evaluate as score
+    from cast_train.evaluation import write_results
+
+    results = score(models, data, context, tokens)
+    if json is not None:
+        write_results(results, json)

@@ -1,0 +1,295 @@
+"""Text in, fixed blocks of tokens out: tokenized once into a memory-mapped cache."""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.progress import Progress
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from conversion.errors import InputError
+
+SUFFIXES = (".txt", ".jsonl", ".parquet")
+_PIECE = 1 << 18  # characters of a text file that are tokenized together
+_BATCH = 1 << 20  # characters handed to the tokenizer at once
+_CACHE_VERSION = 1
+
+
+@dataclass(frozen=True)
+class TokenCache:
+    """All tokens of a corpus, memory-mapped.
+
+    Attributes:
+        tokens: [total] uint16 or uint32; every document is followed by the EOS token.
+        fingerprint: hash of the texts and the tokenizer.
+    """
+
+    tokens: np.ndarray
+    fingerprint: str
+
+
+class TokenBlocks(Dataset[dict[str, Tensor]]):
+    """`count` blocks of `block_length` tokens, in an order that depends on nothing but seed and position.
+
+    Blocks do not overlap; what is left over at the end of the corpus is dropped. Every pass over the corpus is a new
+    permutation. An item is {"input_ids": [block_length] int64}.
+    """
+
+    def __init__(self, cache: TokenCache, block_length: int, count: int, seed: int) -> None:
+        """InputError if the corpus is shorter than one block."""
+        self._blocks_in_corpus = len(cache.tokens) // block_length
+        if self._blocks_in_corpus == 0:
+            raise InputError(
+                f"the text has {len(cache.tokens)} tokens, less than one block of {block_length}: give more text or "
+                "shorter blocks"
+            )
+        self._tokens = cache.tokens
+        self._block_length = block_length
+        self._count = count
+        self._seed = seed
+        self._pass = -1
+        self._order = np.empty(0, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        if not 0 <= index < self._count:
+            raise IndexError(index)
+        number, position = divmod(index, self._blocks_in_corpus)
+        if number != self._pass:
+            self._order = np.random.default_rng([self._seed, number]).permutation(self._blocks_in_corpus)
+            self._pass = number
+        start = int(self._order[position]) * self._block_length
+        return {"input_ids": torch.from_numpy(self._tokens[start : start + self._block_length].astype(np.int64))}
+
+
+def load_tokens(
+    data: Sequence[str], tokenizer: PreTrainedTokenizerBase, cache_dir: Path | None = None, *, progress: bool = True
+) -> TokenCache:
+    """Tokenize a corpus, or open the cache that an earlier call made of the same texts and tokenizer.
+
+    Documents are joined by the EOS token: that is how models saw documents end in pretraining, and without it the
+    last words of one text would be taken for the context of the next.
+
+    Args:
+        data: files (.txt: one document a file; .jsonl with a "text" field; .parquet with a "text" column),
+            directories of such files, or dataset ids of the Hugging Face hub (split "train", column "text").
+        cache_dir: where caches live; default `cast-serve/tokens` in the user's cache directory.
+
+    Raises:
+        InputError: a file is missing, empty or malformed, or has no text.
+    """
+    if tokenizer.eos_token_id is None:
+        raise InputError("the tokenizer has no EOS token to end documents with: set eos_token in its tokenizer_config")
+    sources = [source for entry in data for source in _resolve(entry)]
+    if not sources:
+        raise InputError("no training text was given")
+    fingerprint = _hash(str(_CACHE_VERSION), _tokenizer_hash(tokenizer), *(source.fingerprint() for source in sources))
+    if cache_dir is None:
+        cache_dir = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "cast-serve" / "tokens"
+    target = cache_dir / fingerprint
+    if not target.is_dir():
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{fingerprint}.", dir=cache_dir))
+        try:
+            _tokenize(sources, tokenizer, partial, progress)
+            try:
+                partial.rename(target)
+            except OSError:
+                if not target.is_dir():  # else another process was faster
+                    raise
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    meta = json.loads((target / "meta.json").read_text())
+    tokens = np.memmap(target / "tokens.bin", dtype=meta["dtype"], mode="r", shape=(meta["tokens"],))
+    return TokenCache(tokens, fingerprint)
+
+
+def read_documents(data: Sequence[str | Path]) -> Iterator[str]:
+    """Yield the documents of `data`, named as for `load_tokens`, one string each."""
+    for source in (source for entry in data for source in _resolve(str(entry))):
+        parts: list[str] = []
+        for text, ends, _ in source.pieces():
+            parts.append(text)
+            if ends:
+                yield "".join(parts)
+                parts = []
+
+
+class _Source:
+    """Documents of one origin."""
+
+    def fingerprint(self) -> str:
+        raise NotImplementedError
+
+    def size(self) -> int:
+        """Total of the amounts that `pieces` yields, for the progress bar."""
+        raise NotImplementedError
+
+    def pieces(self) -> Iterator[tuple[str, bool, int]]:
+        """Yield (text, whether a document ends with it, its share of size())."""
+        raise NotImplementedError
+
+
+class _TextFile(_Source):
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def fingerprint(self) -> str:
+        with self.path.open("rb") as file:
+            return self.path.suffix + hashlib.file_digest(file, "sha256").hexdigest()
+
+    def size(self) -> int:
+        return self.path.stat().st_size
+
+    def pieces(self) -> Iterator[tuple[str, bool, int]]:
+        lines: list[str] = []
+        length = 0
+        try:
+            with self.path.open(encoding="utf-8") as file:
+                for line in file:
+                    if length >= _PIECE:
+                        yield "".join(lines), False, length
+                        lines, length = [], 0
+                    lines.append(line)
+                    length += len(line)
+        except UnicodeDecodeError as error:
+            raise InputError(f"{self.path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
+        yield "".join(lines), True, length
+
+
+class _JsonLines(_TextFile):
+    def pieces(self) -> Iterator[tuple[str, bool, int]]:
+        with self.path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
+                try:
+                    row = json.loads(line)
+                except ValueError:
+                    raise InputError(f"{self.path}, line {number}: not valid JSON") from None
+                text = row.get("text") if isinstance(row, dict) else None
+                if not isinstance(text, str):
+                    raise InputError(f'{self.path}, line {number}: no "text" field that holds a string')
+                yield text, True, len(line)
+
+
+class _Parquet(_TextFile):
+    def pieces(self) -> Iterator[tuple[str, bool, int]]:
+        import pyarrow
+        import pyarrow.parquet
+
+        try:
+            file = pyarrow.parquet.ParquetFile(self.path)
+        except pyarrow.ArrowInvalid:
+            raise InputError(f"{self.path} is not a parquet file") from None
+        if "text" not in file.schema_arrow.names:
+            raise InputError(f'{self.path} has no "text" column, only {", ".join(file.schema_arrow.names)}')
+        share = self.size() // max(1, file.metadata.num_rows)
+        for batch in file.iter_batches(columns=["text"]):
+            for text in batch.column(0).to_pylist():
+                if text is not None:
+                    yield text, True, share
+
+
+class _HubDataset(_Source):
+    def __init__(self, name: str) -> None:
+        import datasets
+
+        try:
+            self._rows: Any = datasets.load_dataset(name, split="train")
+        except Exception as error:
+            raise InputError(
+                f"'{name}' is neither a file or directory here nor a dataset that the hub gives: {error}"
+            ) from None
+        if "text" not in self._rows.column_names:
+            raise InputError(f'dataset {name} has no "text" column, only {", ".join(self._rows.column_names)}')
+
+    def fingerprint(self) -> str:
+        return self._rows._fingerprint
+
+    def size(self) -> int:
+        return len(self._rows)
+
+    def pieces(self) -> Iterator[tuple[str, bool, int]]:
+        for row in self._rows:
+            yield row["text"], True, 1
+
+
+def _resolve(entry: str) -> list[_Source]:
+    path = Path(entry)
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES)
+        if not files:
+            raise InputError(f"{path} holds no {', '.join(SUFFIXES)} file")
+        return [_file_source(file) for file in files]
+    if path.is_file():
+        return [_file_source(path)]
+    if path.suffix in SUFFIXES or path.is_absolute() or entry.startswith("."):
+        raise InputError(f"{path} does not exist")
+    return [_HubDataset(entry)]
+
+
+def _file_source(path: Path) -> _Source:
+    readers = {".txt": _TextFile, ".jsonl": _JsonLines, ".parquet": _Parquet}
+    if path.suffix not in readers:
+        raise InputError(f"{path} is no {', '.join(SUFFIXES)} file")
+    if path.stat().st_size == 0:
+        raise InputError(f"{path} is empty")
+    return readers[path.suffix](path)
+
+
+def _tokenize(sources: list[_Source], tokenizer: PreTrainedTokenizerBase, directory: Path, progress: bool) -> None:
+    """Write tokens.bin and meta.json into `directory`. InputError if there is no token."""
+    dtype = np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32
+    total = 0
+    with Progress(disable=not progress) as bar, (directory / "tokens.bin").open("wb") as out:
+        task = bar.add_task("tokenizing", total=sum(source.size() for source in sources))
+        for batch in _batches(piece for source in sources for piece in source.pieces()):
+            encoded = tokenizer([text for text, _, _ in batch], add_special_tokens=False)["input_ids"]
+            for ids, (_, ends, _) in zip(encoded, batch, strict=True):
+                if ends and ids:
+                    ids.append(tokenizer.eos_token_id)
+                np.asarray(ids, dtype=dtype).tofile(out)
+                total += len(ids)
+            bar.update(task, advance=sum(amount for _, _, amount in batch))
+    if total == 0:
+        raise InputError("the training text is empty")
+    (directory / "meta.json").write_text(json.dumps({"dtype": np.dtype(dtype).name, "tokens": total}))
+
+
+def _batches(pieces: Iterable[tuple[str, bool, int]]) -> Iterator[list[tuple[str, bool, int]]]:
+    batch: list[tuple[str, bool, int]] = []
+    length = 0
+    for piece in pieces:
+        batch.append(piece)
+        length += len(piece[0])
+        if length >= _BATCH:
+            yield batch
+            batch, length = [], 0
+    if batch:
+        yield batch
+
+
+def _tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    content = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    return _hash(content, str(tokenizer.eos_token_id))
+
+
+def _hash(*parts: str) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part.encode() + b"\0")
+    return digest.hexdigest()

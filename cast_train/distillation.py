@@ -1,0 +1,125 @@
+"""Self-distillation: eta * KL(teacher || student) + (1 - eta) * CE (CAST, Sec. IV-C, Eq. 13)."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORE_INDEX = -100
+
+
+@dataclass(frozen=True)
+class DistillationLoss:
+    """Scalars, means over the predicted tokens, in nats. Only `loss` carries gradients."""
+
+    loss: Tensor
+    ce: Tensor
+    kl: Tensor
+
+
+def distillation_loss(
+    hidden: Tensor,
+    head: Tensor,
+    labels: Tensor,
+    teacher_hidden: Tensor | None = None,
+    teacher_head: Tensor | None = None,
+    *,
+    eta: float = 1 / 3,
+    chunk_tokens: int = 256,
+) -> DistillationLoss:
+    """Compute the loss from hidden states, a chunk of tokens at a time, so that logits of all tokens never exist.
+
+    Temperature is 1. Gradients are made chunk by chunk in the forward pass, where the logits are at hand. Under
+    autocast the products with the heads run in the autocast dtype; softmax and sums are always float32 (float64 for
+    float64 inputs).
+
+    Args:
+        hidden: [batch, length, hidden], the student's last hidden states (after the final norm).
+        head: [vocab, hidden], the student's lm_head weight, trainable or not, tied or not.
+        labels: [batch, length] int64, unshifted: position i of `hidden` predicts labels[:, i+1]; -100 is left out.
+        teacher_hidden: [batch, length, teacher hidden], or None for plain cross entropy (then eta is taken as 0).
+        teacher_head: [vocab, teacher hidden].
+        eta: weight of the KL term.
+        chunk_tokens: tokens whose logits are held at once.
+    """
+    predicting = labels[:, 1:] != IGNORE_INDEX
+    rows = hidden[:, :-1][predicting]
+    targets = labels[:, 1:][predicting]
+    teacher_rows = None if teacher_hidden is None else teacher_hidden[:, :-1][predicting].detach()
+    loss, ce, kl = _ChunkedLoss.apply(
+        rows, head, targets, teacher_rows, teacher_head, eta if teacher_hidden is not None else 0.0, chunk_tokens
+    )
+    return DistillationLoss(loss, ce, kl)
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """(rows [T, H], head [V, H], targets [T], teacher rows [T, Ht], teacher head [V, Ht]) -> (loss, CE, KL)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        head: Tensor,
+        targets: Tensor,
+        teacher_rows: Tensor | None,
+        teacher_head: Tensor | None,
+        eta: float,
+        chunk_tokens: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        device = rows.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else rows.dtype
+        accumulate = torch.float64 if rows.dtype == torch.float64 else torch.float32
+        tokens = rows.shape[0]
+        wants_rows, wants_head = ctx.needs_input_grad[:2]
+        grad_rows = torch.empty_like(rows) if wants_rows else None
+        grad_head = torch.zeros(head.shape, dtype=accumulate, device=head.device) if wants_head else None
+        ce_sum = torch.zeros((), dtype=accumulate, device=rows.device)
+        kl_sum = torch.zeros_like(ce_sum)
+        with torch.autocast(device, enabled=False):
+            head = head.to(dtype)
+            if teacher_rows is not None and teacher_head is not None:
+                teacher_head = teacher_head.to(dtype)
+            for start in range(0, tokens, chunk_tokens):
+                chunk = slice(start, start + chunk_tokens)
+                x = rows[chunk].to(dtype)
+                target = targets[chunk, None]
+                logits = F.linear(x, head).to(accumulate)
+                log_z = logits.logsumexp(1, keepdim=True)
+                ce_sum += (log_z - logits.gather(1, target)).sum()
+                teacher = None
+                if teacher_rows is not None and teacher_head is not None:
+                    teacher = F.linear(teacher_rows[chunk].to(dtype), teacher_head).to(accumulate)
+                    teacher_log_z = teacher.logsumexp(1, keepdim=True)
+                    # KL = sum p_t (log p_t - log p_s), the normalisers taken out of the sum
+                    margin = teacher - logits
+                    teacher.sub_(teacher_log_z).exp_()
+                    kl_sum += (margin.mul_(teacher).sum(1, keepdim=True) - teacher_log_z + log_z).sum()
+                    del margin
+                if grad_rows is None and grad_head is None:
+                    continue
+                # d loss / d logits = p_s - eta * p_t - (1 - eta) * onehot, over the number of tokens
+                grad = logits.sub_(log_z).exp_()
+                if teacher is not None:
+                    grad.sub_(teacher, alpha=eta)
+                grad.scatter_add_(1, target, torch.full_like(target, eta - 1, dtype=accumulate))
+                grad = grad.div_(tokens).to(dtype)
+                if grad_rows is not None:
+                    grad_rows[chunk] = grad @ head
+                if grad_head is not None:
+                    grad_head += grad.t() @ x
+        ctx.grads = (grad_rows, grad_head)
+        ce, kl = ce_sum / tokens, kl_sum / tokens
+        ctx.mark_non_differentiable(ce, kl)
+        return eta * kl + (1 - eta) * ce, ce, kl
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        grad_rows, grad_head = ctx.grads
+        ctx.grads = None
+        return (
+            None if grad_rows is None else grad_rows * grad_outputs[0],
+            None if grad_head is None else grad_head.mul_(grad_outputs[0]),
+            *([None] * 5),
+        )

@@ -1,0 +1,83 @@
+"""The identity of a run: what must not change between its start and its continuation."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from conversion.errors import InputError
+
+_FREE = {"config.save_steps", "config.log_steps"}  # settings that do not touch the result
+
+
+@dataclass
+class Run:
+    """A run's directory: run.json (identity and measured facts), metrics.jsonl and the checkpoints.
+
+    Attributes:
+        directory: where they lie.
+        facts: what was measured at the start and must be the same after a resume.
+    """
+
+    directory: Path
+    identity: dict[str, Any]
+    facts: dict[str, Any]
+
+    @classmethod
+    def open(cls, directory: Path, identity: dict[str, Any], *, resume: bool) -> "Run":
+        """Begin a run, or continue the one in `directory`.
+
+        Raises:
+            InputError: a run is there already and `resume` is off, or it is another one (every difference is named).
+        """
+        path = directory / "run.json"
+        identity = json.loads(json.dumps(identity))  # as it will be read back
+        if not path.is_file():
+            directory.mkdir(parents=True, exist_ok=True)
+            run = cls(directory, identity, {})
+            run._write()
+            return run
+        saved = json.loads(path.read_text())
+        if not resume:
+            raise InputError(f"{directory} holds an unfinished run: continue it with --resume, or remove it")
+        differences = [
+            f"{name} was {before}, is {now}"
+            for name, before, now in _differences(saved["identity"], identity)
+            if name not in _FREE
+        ]
+        if differences:
+            raise InputError(f"cannot resume {directory}, this is another run: {'; '.join(differences)}")
+        return cls(directory, identity, saved["facts"])
+
+    @property
+    def metrics(self) -> Path:
+        return self.directory / "metrics.jsonl"
+
+    def record(self, **facts: Any) -> None:
+        """Add to the facts, on disk too."""
+        self.facts.update(json.loads(json.dumps(facts)))
+        self._write()
+
+    def _write(self) -> None:
+        partial = self.directory / "run.json.partial"
+        partial.write_text(json.dumps({"identity": self.identity, "facts": self.facts}, indent=1) + "\n")
+        partial.rename(self.directory / "run.json")
+
+
+def _differences(before: Any, now: Any, name: str = "") -> list[tuple[str, Any, Any]]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        found = []
+        for key in sorted(before.keys() | now.keys()):
+            found += _differences(before.get(key), now.get(key), f"{name}.{key}" if name else key)
+        return found
+    return [] if before == now else [(name, before, now)]
+
+
+def source_hash(directory: Path) -> str:
+    """Hash a model directory's weights and config."""
+    digest = hashlib.sha256()
+    for path in [directory / "config.json", *sorted(directory.glob("*.safetensors"))]:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()

@@ -1,0 +1,63 @@
+"""Take a dense model into CAST training and out of it again."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from cast_train.config import CastConfig
+from cast_train.mask import nm_mask
+from cast_train.scaling import ScaledLinear
+from conversion.errors import InputError
+from conversion.families import family_of, in_scope
+
+
+def scope(model: PreTrainedModel) -> Iterator[tuple[str, nn.Linear | Conv1D | ScaledLinear]]:
+    """Yield (name, module) of the layers that become 2:4: all linears in the blocks, K a multiple of 8."""
+    family = family_of(model.config.model_type)
+    for name, module in model.named_modules():
+        linear = isinstance(module, nn.Linear | Conv1D | ScaledLinear)
+        if linear and in_scope(family, f"{name}.weight", module.weight.shape):
+            yield name, module
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Tell whether a layer stores its weight as [in, out]."""
+    return module.transposed if isinstance(module, ScaledLinear) else isinstance(module, Conv1D)
+
+
+def sparsify(model: PreTrainedModel, config: CastConfig) -> PreTrainedModel:
+    """Prepare a dense float32 model for CAST, in place: weight scaling attached, frozen what the config freezes.
+
+    Raises:
+        InputError: the model's family is not supported, or nothing in it can be 2:4.
+    """
+    layers = list(scope(model))
+    if not layers:
+        raise InputError("the model has no linear layer whose input size is a multiple of 8, so nothing can be 2:4")
+    if config.scaling_blocks:
+        for name, module in layers:
+            if not isinstance(module, ScaledLinear):
+                model.set_submodule(name, ScaledLinear(module, config.scaling_blocks))
+    embeddings = [model.get_input_embeddings(), model.get_output_embeddings()]
+    for parameter in (p for module in embeddings if module is not None for p in module.parameters()):
+        parameter.requires_grad_(config.train_embeddings)
+    return model
+
+
+@torch.no_grad()
+def finalize(model: PreTrainedModel) -> PreTrainedModel:
+    """Cut every layer in scope to exact 2:4, by the mask of its weights as they are now, and fold the scaling in.
+
+    In place; afterwards the model is plain again and computes what it did, but for the masked weights.
+    """
+    for name, module in list(scope(model)):
+        weight = module.weight
+        mask = nm_mask(weight.t()).t() if is_transposed(module) else nm_mask(weight)
+        weight.mul_(mask)
+        if isinstance(module, ScaledLinear):
+            model.set_submodule(name, module.fold())
+        weight.add_(0.0)  # turns -0.0 into +0.0
+    return model

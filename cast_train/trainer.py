@@ -1,0 +1,220 @@
+"""CAST on transformers.Trainer: AdamS, the schedule, distillation, and checkpoints that survive being killed."""
+
+import contextlib
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import SequentialSampler
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+
+from cast_train.adams import AdamS
+from cast_train.config import CastConfig
+from cast_train.distillation import DistillationLoss, distillation_loss
+from cast_train.schedule import lr_factor
+from cast_train.sparsify import is_transposed, scope
+from conversion.errors import InputError
+
+_COMPLETE = "complete"  # a checkpoint without this file was being written when the run was killed
+
+
+class CastTrainer(Trainer):
+    """A Trainer whose model, already sparsified, learns 2:4 by AdamS and from its dense self.
+
+    Args:
+        model: what `sparsify` returned.
+        config: method and budget; its decay must be a number by now.
+        teacher: the dense starting model, frozen; None trains on cross entropy alone.
+        args: from `training_arguments`, or your own.
+        others: as in transformers.Trainer. Examples need "input_ids"; "labels" (-100 is left out) default to those.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, config: CastConfig, teacher: PreTrainedModel | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(model=model, **kwargs)
+        self.student = model
+        self.config = config
+        self.bf16 = uses_bf16(config, self.args.device)
+        self.teacher: PreTrainedModel | None = None
+        if teacher is not None and config.eta > 0:
+            teacher.requires_grad_(False).eval()
+            self.teacher = teacher.to(self.args.device).to(torch.bfloat16 if self.bf16 else torch.float32)  # type: ignore[arg-type]
+        self.model_accepts_loss_kwargs = False  # the loss is a mean, so Trainer divides by the accumulation steps
+        self._sums: dict[str, Tensor] = {}
+        self._summed = 0
+
+    def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
+        if self.optimizer is None:
+            if self.config.decay == "auto":
+                raise InputError("decay 'auto' must be measured first: cast_train.training.train does so")
+            self.optimizer = AdamS(
+                parameter_groups(self.student, self.config),
+                lr=self.config.lr,
+                betas=self.config.betas,
+                eps=self.config.eps,
+                decay=self.config.decay,
+                total_steps=self.config.total_steps,
+            )
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> Any:
+        if self.lr_scheduler is None:
+            config = self.config
+            self.lr_scheduler = LambdaLR(
+                optimizer or self.create_optimizer(),
+                lambda step: lr_factor(
+                    min(step, config.total_steps), config.total_steps, config.warmup_ratio, config.schedule
+                ),
+            )
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
+        dataset: Any = train_dataset if train_dataset is not None else self.train_dataset
+        return SequentialSampler(dataset)
+
+    def compute_loss_context_manager(self) -> contextlib.ExitStack:
+        stack = super().compute_loss_context_manager()
+        if self.bf16:
+            stack.enter_context(torch.autocast(self.args.device.type, dtype=torch.bfloat16))
+        return stack
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        losses = self.distillation(model, inputs)
+        if not torch.isfinite(losses.loss):
+            raise InputError(
+                f"the loss became {losses.loss.item()} at step {self.state.global_step}: lower the learning rate; the "
+                "last checkpoint is kept"
+            )
+        if model.training:
+            self._add(loss=losses.loss.detach(), ce=losses.ce, kl=losses.kl)
+        return (losses.loss, {}) if return_outputs else losses.loss
+
+    def distillation(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> DistillationLoss:
+        """Run student (through its wrapper, so that DDP and FSDP see it) and teacher on one micro-batch."""
+        ids = inputs["input_ids"]
+        # logits_to_keep=1: the model's own head sees one position only; the loss applies it in chunks
+        output = model(input_ids=ids, output_hidden_states=True, logits_to_keep=1, use_cache=False)
+        head = self.accelerator.unwrap_model(model).get_output_embeddings().weight
+        teacher_hidden = teacher_head = None
+        if self.teacher is not None:
+            with torch.no_grad():
+                teacher_hidden = self.teacher.base_model(input_ids=ids, use_cache=False).last_hidden_state
+            teacher_head = self.teacher.get_output_embeddings().weight
+        return distillation_loss(
+            output.hidden_states[-1],
+            head,
+            inputs.get("labels", ids),
+            teacher_hidden,
+            teacher_head,
+            eta=self.config.eta,
+        )
+
+    def _add(self, **values: Tensor) -> None:
+        for name, value in values.items():
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+        self._summed += 1
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs and self._summed:
+            for name, total in self._sums.items():
+                logs[name] = self.accelerator.reduce(total / self._summed, "mean").item()
+            self._sums, self._summed = {}, 0
+            logs.update(mask_health(self.optimizer))
+        super().log(logs, start_time)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            (Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}" / _COMPLETE).touch()
+
+
+def parameter_groups(model: PreTrainedModel, config: CastConfig) -> list[dict[str, Any]]:
+    """Split the trainable parameters into AdamS's groups: in scope (rows as groups), in scope transposed, the rest."""
+    transposed = {id(module.weight): is_transposed(module) for _, module in scope(model)}
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in trainable if transposed.get(id(p)) is False], "sparse": True},
+        {"params": [p for p in trainable if transposed.get(id(p)) is True], "sparse": True, "transposed": True},
+        {"params": [p for p in trainable if id(p) not in transposed]},
+    ]
+    return [{**group, "mask_interval": config.mask_interval} for group in groups if group["params"]]
+
+
+@torch.no_grad()
+def mask_health(optimizer: Any) -> dict[str, float]:
+    """Return mean |masked|, mean |kept| and the mask flips of the last refresh."""
+    optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+    masked = kept = count = 0.0
+    for group in optimizer.param_groups:
+        if group["sparse"]:
+            for p in group["params"]:
+                mask = optimizer.state[p]["mask"]
+                total = torch.linalg.vector_norm(p, 1).item()
+                part = torch.linalg.vector_norm(p * mask, 1).item()
+                masked, kept, count = masked + total - part, kept + part, count + p.numel() / 2
+    return {"masked": masked / count, "kept": kept / count, "mask_flips": float(optimizer.mask_flips)}
+
+
+def uses_bf16(config: CastConfig, device: torch.device) -> bool:
+    """Tell whether the passes run in bf16: as configured, or where the processor multiplies it natively."""
+    if config.precision != "auto":
+        return config.precision == "bf16"
+    if device.type == "cpu":
+        return torch.cpu._is_avx512_bf16_supported()
+    return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def training_arguments(config: CastConfig, directory: Path, *, use_cpu: bool = False) -> TrainingArguments:
+    """Translate the config for transformers.Trainer; checkpoints go to `directory`.
+
+    Raises:
+        InputError: a step's blocks cannot be split evenly over devices and micro-batches.
+    """
+    args = TrainingArguments(output_dir=str(directory), use_cpu=use_cpu)
+    blocks, remainder = divmod(config.blocks_per_step, args.world_size)
+    if remainder:
+        raise InputError(f"{config.blocks_per_step} blocks a step cannot be shared by {args.world_size} devices")
+    most = max(1, config.micro_batch_tokens // config.block_length)
+    micro = next(size for size in range(min(most, blocks), 0, -1) if blocks % size == 0)
+    return TrainingArguments(
+        output_dir=str(directory),
+        use_cpu=use_cpu,
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=blocks // micro,
+        max_steps=config.total_steps,
+        max_grad_norm=config.max_grad_norm,
+        logging_steps=config.log_steps,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,
+        save_steps=config.save_steps,
+        save_total_limit=2,  # while one is written, the one before it must exist
+        seed=config.seed,
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        report_to="none",
+        include_num_input_tokens_seen="no",
+    )
+
+
+def last_checkpoint(directory: Path) -> Path | None:
+    """Return the newest complete checkpoint, and remove half-written ones."""
+    complete = []
+    for checkpoint in directory.glob("checkpoint-*"):
+        if (checkpoint / _COMPLETE).is_file():
+            complete.append(checkpoint)
+        else:
+            shutil.rmtree(checkpoint)
+    return max(complete, key=lambda path: int(path.name.rsplit("-", 1)[1]), default=None)

@@ -1,0 +1,226 @@
+"""`cast train`: a dense Hugging Face model in, an exact 2:4 one out."""
+
+import contextlib
+import json
+import math
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from rich.console import Console
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedModel
+
+from cast_train.budget import DecayBudget, decay_budget
+from cast_train.config import CastConfig
+from cast_train.dataset import TokenBlocks, load_tokens
+from cast_train.health import Health
+from cast_train.mask import nm_mask
+from cast_train.run import Run, source_hash
+from cast_train.sparsify import finalize, is_transposed, scope, sparsify
+from cast_train.trainer import CastTrainer, last_checkpoint, training_arguments
+from conversion.checkpoint import Checkpoint
+from conversion.dense_model import dense_model
+from conversion.errors import InputError
+
+_REPORT_TOKENS = 8192  # on which the loss before and after the cut is measured
+
+
+def train(
+    source: str | Path,
+    data: Sequence[str],
+    out: str | Path,
+    config: CastConfig,
+    *,
+    resume: bool = False,
+    force: bool = False,
+    cache_dir: Path | None = None,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Train `source` to 2:4 with CAST and save it to `out`; return what training.json says.
+
+    While it runs, checkpoints and metrics lie in `<out>.run`; `out` appears when everything is done.
+
+    Args:
+        source: directory or hub id of a dense causal LM with safetensors weights.
+        data: see `cast_train.dataset.load_tokens`.
+        out: directory to make; must not exist.
+        config: method and budget.
+        resume: continue a run that was interrupted (from its start if it has no checkpoint yet).
+        force: train although the decay budget is hopeless.
+        cache_dir: where tokenized text is cached.
+
+    Raises:
+        InputError: anything given is wrong, or the loss is no longer finite.
+    """
+    console = console or Console()
+    out = Path(out)
+    if out.exists():
+        raise InputError(f"{out} exists already: choose another directory or remove it")
+
+    # Load
+    directory = _local_directory(source)
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    dense = Checkpoint(directory)
+    student = dense_model(dense, torch.float32)
+    tokens = load_tokens(data, tokenizer, cache_dir)
+    blocks = TokenBlocks(tokens, config.block_length, config.total_steps * config.blocks_per_step, config.seed)
+    console.print(
+        f"{config.total_steps} steps of {config.batch_tokens} tokens, {len(tokens.tokens)} tokens of text",
+        highlight=False,
+    )
+    run = Run.open(
+        out.with_name(out.name + ".run"),
+        {"config": config.model_dump(), "data": tokens.fingerprint, "source": source_hash(directory)},
+        resume=resume,
+    )
+    checkpoint = last_checkpoint(run.directory)
+
+    # Start from the dense weights, or from one-shot pruned ones
+    teacher = dense_model(dense, torch.float32) if config.eta > 0 else None
+    if config.warm_start != "none" and checkpoint is None:
+        _warm_start(student, config, blocks)
+    student = sparsify(student, config)
+
+    # Measure, and refuse what cannot succeed
+    args = training_arguments(config, run.directory)
+    if "decay" not in run.facts:
+        trial = CastTrainer(student, config, teacher, args=args)
+        momentum = measure_momentum(trial, blocks)
+        decay = config.decay_ratio * momentum if config.decay == "auto" else config.decay
+        budget = decay_budget(student, config.model_copy(update={"decay": decay}), momentum)
+        run.record(decay=decay, momentum=momentum, budget=budget.as_dict())
+    budget = DecayBudget(**run.facts["budget"])
+    config = config.model_copy(update={"decay": run.facts["decay"]})
+    console.print(
+        f"decay {config.decay:.3g}, momentum on masked weights {run.facts['momentum']:.3g}\n{budget}", highlight=False
+    )
+    if not force:
+        budget.check()
+
+    # Train
+    trainer = CastTrainer(
+        student,
+        config,
+        teacher,
+        args=args,
+        train_dataset=blocks,
+        callbacks=[Health(run.metrics, config.batch_tokens, console)],
+    )
+    trainer.remove_callback(transformers.PrinterCallback)
+    start = time.monotonic()
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    seconds = time.monotonic() - start
+
+    # Cut, and see what it costs
+    before = report_loss(trainer, blocks)
+    finalize(student)
+    after = report_loss(trainer, blocks)
+    console.print(f"cross entropy {before['ce']:.4f} before the cut, {after['ce']:.4f} after", highlight=False)
+
+    # Save
+    summary = {
+        "source": str(source),
+        "data": list(data),
+        "config": config.model_dump(),
+        "tokens": config.total_steps * config.batch_tokens,
+        "seconds_since_start_or_resume": round(seconds, 1),
+        "decay_budget": budget.as_dict(),
+        "before_cut": before,
+        "after_cut": after,
+    }
+    if trainer.is_world_process_zero():
+        _save(student, tokenizer, directory, out, run, summary)
+        console.print(f"saved {out}", highlight=False)
+    return summary
+
+
+def measure_momentum(trainer: CastTrainer, blocks: TokenBlocks) -> float:
+    """Return the root mean square of the momentum on masked weights that the first steps will see.
+
+    From the clipped gradient of one step's batch: the momentum of gradients that are mostly noise has
+    (1 - b1) / (1 + b1) of their mean square.
+    """
+    config, model = trainer.config, trainer.student
+    micro = trainer.args.per_device_train_batch_size
+    parts = range(0, config.blocks_per_step, micro)
+    for start in parts:
+        ids = torch.stack([blocks[i]["input_ids"] for i in range(start, start + micro)]).to(trainer.args.device)
+        with trainer.compute_loss_context_manager():
+            loss = trainer.distillation(model, {"input_ids": ids}).loss / len(parts)
+        loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+    if not torch.isfinite(norm):
+        raise InputError("the gradient of the starting model is not finite, so it cannot be trained")
+    squares, count = 0.0, 0
+    for _, module in scope(model):
+        weight, grad = module.weight, module.weight.grad
+        assert grad is not None
+        mask = nm_mask(weight.t()).t() if is_transposed(module) else nm_mask(weight)
+        squares += torch.linalg.vector_norm(grad * ~mask).item() ** 2
+        count += weight.numel() // 2
+    model.zero_grad(set_to_none=True)
+    beta1 = config.betas[0]
+    return math.sqrt(squares / count * (1 - beta1) / (1 + beta1))
+
+
+@torch.no_grad()
+def report_loss(trainer: CastTrainer, blocks: TokenBlocks) -> dict[str, float]:
+    """Return mean loss, CE and KL over the first few thousand training tokens, without dropout."""
+    trainer.student.eval()
+    length = trainer.config.block_length
+    count = min(len(blocks), max(1, _REPORT_TOKENS // length))
+    sums = {"loss": 0.0, "ce": 0.0, "kl": 0.0}
+    for i in range(count):
+        ids = blocks[i]["input_ids"][None].to(trainer.args.device)
+        with trainer.compute_loss_context_manager():
+            losses = trainer.distillation(trainer.student, {"input_ids": ids})
+        for name in sums:
+            sums[name] += getattr(losses, name).item()
+    return {name: total / count for name, total in sums.items()}
+
+
+def _warm_start(model: PreTrainedModel, config: CastConfig, blocks: TokenBlocks) -> None:
+    from cast_train.oneshot import prune
+
+    samples = min(len(blocks), max(1, config.calibration_tokens // config.block_length))
+    calibration: Tensor | None = None
+    if config.warm_start != "magnitude":
+        calibration = torch.stack([blocks[i]["input_ids"] for i in range(samples)])
+    prune(model, config.warm_start, calibration, shrink=config.shrink)
+
+
+def _local_directory(source: str | Path) -> Path:
+    """Return the model's directory, downloaded first if `source` is a hub id."""
+    path = Path(source)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise InputError(f"{path} holds no model: there is no config.json")
+        return path
+    if path.is_absolute() or str(source).count("/") != 1 or str(source).startswith("."):
+        raise InputError(f"{source} does not exist")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"])
+        )
+    except Exception as error:
+        raise InputError(f"{source} is neither a directory here nor a model that the hub gives: {error}") from None
+
+
+def _save(model: PreTrainedModel, tokenizer: Any, source: Path, out: Path, run: Run, summary: dict[str, Any]) -> None:
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    with contextlib.suppress(FileNotFoundError):
+        shutil.copy(source / "generation_config.json", partial)
+    shutil.copy(run.metrics, partial)
+    (partial / "training.json").write_text(json.dumps(summary, indent=1) + "\n")
+    partial.rename(out)
+    shutil.rmtree(run.directory)
