@@ -19,7 +19,9 @@ def dense_config(checkpoint: Checkpoint | PackedCheckpoint) -> PretrainedConfig:
     return config
 
 
-def dense_model(checkpoint: Checkpoint | PackedCheckpoint, dtype: torch.dtype | None = None) -> PreTrainedModel:
+def dense_model(
+    checkpoint: Checkpoint | PackedCheckpoint, dtype: torch.dtype | None = None, linear_dtype: torch.dtype | None = None
+) -> PreTrainedModel:
     """Build the causal language model of a checkpoint, in evaluation mode on the CPU.
 
     Packed weights are unpacked: masked entries are exact zeros. Holds the whole dense model in memory.
@@ -27,12 +29,15 @@ def dense_model(checkpoint: Checkpoint | PackedCheckpoint, dtype: torch.dtype | 
     Args:
         checkpoint: an open checkpoint of either kind.
         dtype: dtype of the weights; None takes the narrowest that holds all of them exactly.
+        linear_dtype: dtype to round the linears of the blocks to first; None does not round.
 
     Raises:
         InputError: a tensor is missing, unexpected, damaged or of another shape than config.json implies.
     """
     config = dense_config(checkpoint)
     tensors = {name: checkpoint.tensor(name) for name in checkpoint.names}
+    if linear_dtype is not None:
+        tensors |= {name: tensors[name].to(linear_dtype) for name in checkpoint.scope}
     with _quiet_loading():
         try:
             model, info = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(

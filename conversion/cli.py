@@ -1,0 +1,76 @@
+"""`cast convert` and `cast info`."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+class Target(StrEnum):
+    packed = "packed"
+    onnx = "onnx"
+
+
+class ValueDtype(StrEnum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+def convert(
+    source: Annotated[Path, typer.Argument(help="Model directory: a 2:4 Hugging Face model, or a packed one (onnx).")],
+    out: Annotated[Path, typer.Argument(help="Directory to make.")],
+    to: Annotated[
+        Target, typer.Option(help="packed: the portable checkpoint. onnx: what the CPU engine runs, also for dense models.")
+    ] = Target.packed,
+    value_dtype: Annotated[
+        ValueDtype | None, typer.Option(help="Round kept values to this dtype. Default: as the source has them.")
+    ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Then check the packed result against the source: bits and logits.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
+) -> None:
+    """Convert a model: 2:4 weights into the packed checkpoint, or any supported model into an ONNX directory.
+
+    Packs only what is exactly 2:4 and names the first tensor, row and group that is not. OUT appears complete or not at
+    all.
+
+    Example: cast convert my-2of4-model my-packed-model --verify
+    """
+    from conversion.errors import InputError
+
+    dtype = None if value_dtype is None else value_dtype.value
+    if to is Target.onnx:
+        if verify:
+            raise InputError("--verify checks packed checkpoints: convert with --to packed --verify first")
+        from conversion.onnx import export
+
+        export(source, out, dtype, overwrite=overwrite, show_progress=True)
+    else:
+        from conversion.pack import save_packed
+
+        save_packed(source, out, dtype, overwrite=overwrite, show_progress=True)
+        if verify:
+            from conversion.verification import verify as verify_packed
+
+            print(verify_packed(out, source))
+    print(f"made {out}; 'cast info {out}' shows what it holds")
+
+
+def info(
+    directory: Annotated[Path, typer.Argument(help="Hugging Face model, packed checkpoint or ONNX directory.")],
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Show what a model directory holds: sparsity and violations per linear, sizes dense and packed."""
+    from rich.console import Console
+
+    from conversion.info_table import print_info
+    from conversion.inspection import inspect_directory
+
+    found = inspect_directory(directory, show_progress=not json)
+    if json:
+        print(found.as_json())
+    else:
+        print_info(found, Console())

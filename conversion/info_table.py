@@ -1,0 +1,43 @@
+"""Drawing a DirectoryInfo for a terminal."""
+
+from rich.console import Console
+from rich.filesize import decimal
+from rich.table import Table
+
+from conversion.inspection import DirectoryInfo
+
+
+def print_info(info: DirectoryInfo, console: Console) -> None:
+    """Print a table of the linears, where they are known, and the totals."""
+    if info.layers:
+        table = Table(title=f"{info.directory}: {info.kind}, {info.model_type}, {info.value_dtype}")
+        table.add_column("linear")
+        for heading in ("shape", "zeros", "violations", "dense", "packed"):
+            table.add_column(heading, justify="right")
+        for layer in info.layers:
+            table.add_row(
+                layer.name,
+                "x".join(map(str, layer.shape)),
+                f"{layer.sparsity:.1%}",
+                f"[red]{layer.violations}[/red]" if layer.violations else "0",
+                decimal(layer.dense_bytes),
+                decimal(layer.packed_bytes),
+            )
+        console.print(table)
+    totals = Table(show_header=False, title=None if info.layers else f"{info.directory}: {info.kind}, {info.model_type}")
+    totals.add_column()
+    totals.add_column(justify="right")
+    totals.add_row("weights as stored here", decimal(info.stored_bytes))
+    if info.layers:
+        totals.add_row("linears in scope", str(len(info.layers)))
+        totals.add_row("zeros in them", f"{info.sparsity:.2%}")
+        totals.add_row("groups that are not 2:4", str(info.violations))
+        totals.add_row("linears dense", decimal(info.linear_dense_bytes))
+        totals.add_row("linears packed", decimal(info.linear_packed_bytes))
+    else:
+        totals.add_row("value dtype", info.value_dtype)
+        totals.add_row("packed linears", decimal(info.linear_packed_bytes))
+    totals.add_row("everything else", decimal(info.other_bytes))
+    if info.packed_ratio is not None:
+        totals.add_row("whole model packed / dense", f"{info.packed_ratio:.3f}")
+    console.print(totals)
