@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from cast_train.budget import decay_budget
     from cast_train.config import CastConfig
     from cast_train.mask import nm_mask
-    from cast_train.sparsify import finalize, sparsify
+    from cast_train.sparse_model import finalize, sparsify
     from cast_train.trainer import CastTrainer
 
 __all__ = ["AdamS", "CastConfig", "CastTrainer", "decay_budget", "finalize", "nm_mask", "sparsify"]
@@ -18,9 +18,9 @@ _MODULES = {
     "CastConfig": "config",
     "CastTrainer": "trainer",
     "decay_budget": "budget",
-    "finalize": "sparsify",
+    "finalize": "sparse_model",
     "nm_mask": "mask",
-    "sparsify": "sparsify",
+    "sparsify": "sparse_model",
 }
 
 

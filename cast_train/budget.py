@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from cast_train.config import CastConfig
 from cast_train.mask import nm_mask
 from cast_train.schedule import lr_factor
-from cast_train.sparsify import is_transposed, scope
+from cast_train.sparse_model import is_transposed, scope
 from conversion.errors import InputError
 
 _SAMPLE = 1 << 24  # magnitudes that the percentile is taken of

@@ -17,7 +17,7 @@ from cast_train.adams import AdamS
 from cast_train.config import CastConfig
 from cast_train.distillation import DistillationLoss, distillation_loss
 from cast_train.schedule import lr_factor
-from cast_train.sparsify import is_transposed, scope
+from cast_train.sparse_model import is_transposed, scope
 from conversion.errors import InputError
 
 _COMPLETE = "complete"  # a checkpoint without this file was being written when the run was killed

@@ -21,7 +21,7 @@ from cast_train.dataset import TokenBlocks, load_tokens
 from cast_train.health import Health
 from cast_train.mask import nm_mask
 from cast_train.run import Run, source_hash
-from cast_train.sparsify import finalize, is_transposed, scope, sparsify
+from cast_train.sparse_model import finalize, is_transposed, scope, sparsify
 from cast_train.trainer import CastTrainer, last_checkpoint, training_arguments
 from conversion.checkpoint import Checkpoint
 from conversion.dense_model import dense_model
