@@ -122,7 +122,7 @@ class Engine:
         """The engine's thread. The scheduler is touched here only, under the lock because `stats` reads it."""
         while True:
             with self._changed:
-                while not (self._closing or self._cancelled or self._submitted or self._scheduler.running):
+                while not (self._closing or self._cancelled or self._submitted or self._unfinished()):
                     self._changed.wait()
                 self._scheduler.waiting.extend(self._submitted)
                 self._submitted.clear()

@@ -1,7 +1,7 @@
 """The ONNX Runtime custom ops against float64 numpy, for every instruction set that this CPU has."""
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,9 +26,11 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     library.cast24_set_isa(before)
 
 
-def op_session(op: str, inputs: dict[str, np.ndarray], constants: list[Any] = (), **attributes: Any) -> ort.InferenceSession:  # type: ignore[assignment]
-    """A graph of one node; inputs in the op's order, a constant of the same name in place of an array that is None."""
-    node = helper.make_node(op, list(inputs), ["y"], domain="cast24", **attributes)
+def op_session(
+    op: str, inputs: Mapping[str, np.ndarray | None], constants: Sequence[Any] = (), **attributes: Any
+) -> ort.InferenceSession:
+    """A graph of one node; inputs in the op's order, None for a constant of the same name or (name blank) none at all."""
+    node = helper.make_node(op, [name.strip() for name in inputs], ["y"], domain="cast24", **attributes)
     values = [
         helper.make_tensor_value_info(name, ELEMENT_TYPES[array.dtype.name], None)
         for name, array in inputs.items()
@@ -88,11 +90,11 @@ def test_sparse24_matmul_is_the_dense_product(isa: str, m: int, k: int, n: int, 
     weight, values, columns = random_24(rng, n, k)
     x, bias = rng.standard_normal((1, m, k), np.float32), rng.standard_normal(n, np.float32)
     panel_values, indices = panels(values, columns, value_dtype == "bfloat16")
-    feeds = {"x": x, "values": panel_values, "indices": indices, "bias": bias}
+    feeds: dict[str, np.ndarray | None] = {"x": x, "values": panel_values, "indices": indices, "bias": bias}
     constants = []
     if value_dtype == "bfloat16":
         constants.append(bf16_constant("values", panel_values))
-        feeds["values"] = None  # type: ignore[assignment]
+        feeds["values"] = None
     session = op_session("Sparse24MatMul", feeds, constants, N=n, K=k, value_dtype=value_dtype)
     y = session.run(None, {name: array for name, array in feeds.items() if array is not None})[0]
     assert y.shape == (1, m, n)
@@ -105,8 +107,8 @@ def test_dense_linear(isa: str, m: int, k: int, n: int, bf16: bool) -> None:
     rng = np.random.default_rng(m * n)
     weight = (rng.integers(-128, 128, (n, k)) / 64).astype(np.float32)
     x = rng.standard_normal((m, k), np.float32)
-    feeds = {"x": x, "weight": None if bf16 else weight}
-    session = op_session("DenseLinear", feeds, [bf16_constant("weight", weight)] if bf16 else [])  # type: ignore[arg-type]
+    feeds: dict[str, np.ndarray | None] = {"x": x, "weight": None if bf16 else weight}
+    session = op_session("DenseLinear", feeds, [bf16_constant("weight", weight)] if bf16 else [])
     y = session.run(None, {name: array for name, array in feeds.items() if array is not None})[0]
     np.testing.assert_allclose(y, x.astype(np.float64) @ weight.T.astype(np.float64), rtol=0, atol=1e-4)
 
@@ -172,10 +174,10 @@ class Attention:
             while len(table) * self.block_size < length:
                 table.append(int(self.free.pop()))
         width = max(len(self.tables[b]) for b in chunks)
-        parts = [np.concatenate([chunk[i].reshape(len(chunk[i]), -1) for chunk in chunks.values()])[None] for i in range(3)]
-        feeds: dict[str, np.ndarray] = (
-            {"query": np.concatenate(parts, axis=-1)} if self.packed else dict(zip(("query", "key", "value"), parts, strict=True))
-        )
+        parts = [
+            np.concatenate([chunk[i].reshape(len(chunk[i]), -1) for chunk in chunks.values()])[None] for i in range(3)
+        ]
+        feeds = {"query": np.concatenate(parts, axis=-1)} if self.packed else dict(zip("qkv", parts, strict=True))
         rest = {
             "key_cache": self.key_cache,
             "value_cache": self.value_cache,
@@ -186,8 +188,8 @@ class Attention:
         if self.rotary_dim:
             rest |= {"cos": self.cos, "sin": self.sin}
         if self.session is None:
-            names = feeds | ({"": None, " ": None} if self.packed else {}) | rest
-            self.session = self._session(names)
+            absent: dict[str, None] = {"": None, " ": None} if self.packed else {}
+            self.session = self._session({**feeds, **absent, **rest})
         out = self.session.run(None, feeds | rest)[0][0]
         starts = rest["cu_seqlens"]
         rows = {b: out[starts[i] : starts[i + 1]].reshape(-1, self.heads, self.head_dim) for i, b in enumerate(chunks)}
@@ -195,12 +197,10 @@ class Attention:
             self.past[b] += len(q)
         return rows
 
-    def _session(self, names: dict[str, Any]) -> ort.InferenceSession:
-        node = helper.make_node(
+    def _session(self, inputs: Mapping[str, np.ndarray | None]) -> ort.InferenceSession:
+        return op_session(
             "PagedAttention",
-            [name.strip() for name in names],
-            ["y"],
-            domain="cast24",
+            inputs,
             num_heads=self.heads,
             kv_num_heads=self.kv_heads,
             scale=0.3,
@@ -209,19 +209,6 @@ class Attention:
             local_window_size=self.window,
             softcap=self.softcap,
         )
-        values = [
-            helper.make_tensor_value_info(name, ELEMENT_TYPES[array.dtype.name], None)
-            for name, array in names.items()
-            if array is not None
-        ]
-        graph = helper.make_graph([node], "one", values, [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)])
-        imports = [helper.make_opsetid("", 21), helper.make_opsetid("cast24", 1)]
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = 2
-        options.log_severity_level = 4
-        options.register_custom_ops_library(str(require_library()))
-        model = helper.make_model(graph, opset_imports=imports, ir_version=10)
-        return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
     def random(self, n: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         rng = np.random.default_rng(seed)
@@ -258,7 +245,13 @@ class Attention:
 SHAPES = {
     "gqa": {},
     "one kv head, odd head_dim, whole rotary": {"heads": 5, "kv_heads": 1, "head_dim": 20, "rotary_dim": 20},
-    "no rotary, separate inputs, wide heads": {"heads": 2, "kv_heads": 2, "head_dim": 128, "rotary_dim": 0, "packed": False},
+    "no rotary, separate inputs, wide heads": {
+        "heads": 2,
+        "kv_heads": 2,
+        "head_dim": 128,
+        "rotary_dim": 0,
+        "packed": False,
+    },
     "interleaved rotary, blocks of 32": {"interleaved": True, "block_size": 32},
     "window": {"window": 9},
     "window longer than a block": {"window": 40, "packed": False},
