@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -45,6 +46,9 @@ def run_stages(stages: Sequence[Stage], out: Path, console: Console, program: Se
             continue
         console.print(f"{title}: {clock.describe()}")
         console.print(f"$ cast {shlex.join(stage.command)}", style="dim", soft_wrap=True, highlight=False)
+        if done.pop(stage.name, None):  # commands refuse to overwrite, but this is an earlier run's own work
+            _write(record, done)
+            _remove(stage.outputs)
         code = _run([*program, *stage.command])
         if code != 0:
             raise StageFailed(stage, code)
@@ -95,6 +99,14 @@ def _run(command: Sequence[str]) -> int:
         process.terminate()
         process.wait()
         raise
+
+
+def _remove(outputs: Sequence[Path]) -> None:
+    for output in outputs:
+        if output.is_dir():
+            shutil.rmtree(output)
+        else:
+            output.unlink(missing_ok=True)
 
 
 def _write(record: Path, done: dict[str, str]) -> None:

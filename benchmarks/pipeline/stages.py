@@ -38,7 +38,7 @@ class Outputs:
 
     @property
     def cast(self) -> Path:
-        return self.root / "cast-2of4"
+        return self.root / "cast"
 
     @property
     def curve(self) -> Path:
@@ -46,10 +46,10 @@ class Outputs:
 
     @property
     def packed(self) -> Path:
-        return self.root / "cast-2of4-packed"
+        return self.root / "cast-packed"
 
     def oneshot(self, method: str) -> Path:
-        return self.root / f"{method}-2of4"
+        return self.root / f"one-shot-{method}"
 
     @property
     def quality(self) -> Path:
@@ -76,7 +76,8 @@ def stages(source: Path, data: Path, heldout: Path, preset: Preset, out: Path) -
     return [
         Stage(
             "train",
-            ("train", f"{source}", "--data", f"{data}", "--preset", preset.value, "--out", f"{to.cast}"),
+            # --resume also begins a run; with it, one that was interrupted goes on
+            ("train", f"{source}", "--data", f"{data}", "--preset", preset.value, "--out", f"{to.cast}", "--resume"),
             inputs=(source, data),
             outputs=(to.cast,),
             minutes=12 if preset is Preset.quick else None,
@@ -100,7 +101,7 @@ def stages(source: Path, data: Path, heldout: Path, preset: Preset, out: Path) -
         ),
         Stage(
             "convert",
-            ("convert", f"{to.cast}", f"{to.packed}", "--to", "packed", "--overwrite"),
+            ("convert", f"{to.cast}", f"{to.packed}", "--to", "packed"),
             inputs=(to.cast,),
             outputs=(to.packed,),
             minutes=0.5,

@@ -18,7 +18,9 @@ class Quality(BaseModel):
 
     @classmethod
     def read(cls, path: Path) -> "Quality":
+        """Models are named by the last part of their directories; InputError if `path` holds something else."""
         try:
-            return cls.model_validate_json(path.read_bytes())
+            found = cls.model_validate_json(path.read_bytes())
         except (OSError, ValidationError):
             raise InputError(f"{path} is no output of `cast eval --json`: write it again") from None
+        return cls(models={Path(name).name: model for name, model in found.models.items()})

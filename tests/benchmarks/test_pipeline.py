@@ -16,6 +16,7 @@ from conversion.errors import InputError
 SCRIPT = """
 import pathlib, sys
 name, source, target, code = sys.argv[1:]
+if pathlib.Path(target).exists(): sys.exit(f"{target} exists")
 with open("ran.log", "a") as log: print(name, file=log)
 if int(code): sys.exit(int(code))
 pathlib.Path(target).write_text(pathlib.Path(source).read_text())

@@ -18,7 +18,7 @@ from tests.benchmarks.synthetic import SPEEDUP, result
 
 PNG = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg==")
 QUALITY = {
-    "dense": {"perplexity": 20.0, "tokens": 50176, "context": 1024},
+    "models/dense": {"perplexity": 20.0, "tokens": 50176, "context": 1024},
     "cast": {"perplexity": 27.5, "tokens": 50176, "context": 1024},
 }
 
