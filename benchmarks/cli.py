@@ -23,7 +23,7 @@ def bench(
     requests: Annotated[
         int, typer.Option(min=1, help="Requests of each concurrent user in a round, and at least 4 in all.")
     ] = 2,
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds of each model; the spread is taken over them.")] = 3,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds of each model; the spread is taken over them.")] = 5,
     prompts: Annotated[
         Path | None,
         typer.Option(help="Text to cut prompts from, .txt or .jsonl with a 'text' field; else random tokens."),
@@ -102,7 +102,7 @@ def pipeline(
 
     from benchmarks.load.measurements import BenchResult
     from benchmarks.pipeline.run import StageFailed, run_stages
-    from benchmarks.pipeline.source import local_model
+    from conversion.hub import local_model
     from benchmarks.pipeline.stages import Outputs, stages
     from benchmarks.report.quality import Quality
     from benchmarks.report.summary import summary_table

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from cast_train.mask import nm_mask
 from conversion.errors import InputError
 
-# Elements updated together. On a CPU the six elementwise passes over a bucket then run in cache instead of in memory;
+# Elements updated together. On a CPU the eight elementwise passes over a bucket then run in cache instead of in memory;
 # on an accelerator buckets only bound the scratch memory (one bucket-sized tensor).
 _CPU_BUCKET = 1 << 18
 _ACCELERATOR_BUCKET = 1 << 25
@@ -144,12 +144,13 @@ class AdamS(Optimizer):
                 self._adam(params, grads, momenta, variances, group, t, beta1, group["lr"])
                 continue
             torch._foreach_lerp_(momenta, grads, 1 - beta1)
-            # mu~ for every entry, then mu back where the mask keeps.
+            # mu~ = mu + (1 - m) * (a * decay * sign(theta) - a * mu): several times faster on a CPU than where(), as
+            # is a mask of bytes than one of bools.
             updates = torch._foreach_sign(params)
             torch._foreach_mul_(updates, ramp * group["decay"])
-            torch._foreach_add_(updates, momenta, alpha=1 - ramp)
-            for mask, momentum, update in zip(masks, momenta, updates, strict=True):
-                torch.where(mask, momentum, update, out=update)
+            torch._foreach_add_(updates, momenta, alpha=-ramp)
+            torch._foreach_mul_(updates, [mask.view(torch.uint8) ^ 1 for mask in masks])
+            torch._foreach_add_(updates, momenta)
             # The rest is an Adam step on the "gradient" mu~ without momentum of its own (beta1 = 0: the kernel's first
             # moment is overwritten by its gradient, hence the same tensors twice) and with the correction of mu in lr.
             self._adam(params, updates, updates, variances, group, t, 0.0, group["lr"] / (1 - beta1 ** (t + 1)))

@@ -15,6 +15,9 @@ def train(
         ),
     ],
     out: Annotated[Path, typer.Option(help="Directory to make for the 2:4 model.")],
+    method: Annotated[
+        str, typer.Option(help="cast, or one-shot pruning to compare with: magnitude, wanda or sparsegpt.")
+    ] = "cast",
     preset: Annotated[
         str, typer.Option(help="Settings to start from: 'quick' (minutes on a CPU) or 'full' (the paper's).")
     ] = "quick",
@@ -70,10 +73,14 @@ def train(
     )
     import transformers
 
+    from cast_train.oneshot.directory import prune_directory
     from cast_train.training import train as train_model
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    if method != "cast":
+        prune_directory(source, data, out, method, config)
+        return
     train_model(source, data, out, config, resume=resume, force=force)
 
 

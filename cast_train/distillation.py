@@ -9,6 +9,10 @@ from torch import Tensor
 
 IGNORE_INDEX = -100
 
+# Logits in one chunk: on a CPU just below 32 MiB of float32, above which glibc faults in fresh pages each time.
+_CPU_LOGITS = 6 << 20
+_ACCELERATOR_LOGITS = 1 << 27
+
 
 @dataclass(frozen=True)
 class DistillationLoss:
@@ -27,7 +31,7 @@ def distillation_loss(
     teacher_head: Tensor | None = None,
     *,
     eta: float = 1 / 3,
-    chunk_tokens: int = 256,
+    chunk_tokens: int | None = None,
 ) -> DistillationLoss:
     """Compute the loss from hidden states, a chunk of tokens at a time, so that logits of all tokens never exist.
 
@@ -42,12 +46,14 @@ def distillation_loss(
         teacher_hidden: [batch, length, teacher hidden], or None for plain cross entropy (then eta is taken as 0).
         teacher_head: [vocab, teacher hidden].
         eta: weight of the KL term.
-        chunk_tokens: tokens whose logits are held at once.
+        chunk_tokens: tokens whose logits are held at once; default: as many as are fast on the device.
     """
     predicting = labels[:, 1:] != IGNORE_INDEX
     rows = hidden[:, :-1][predicting]
     targets = labels[:, 1:][predicting]
     teacher_rows = None if teacher_hidden is None else teacher_hidden[:, :-1][predicting].detach()
+    if chunk_tokens is None:
+        chunk_tokens = max(16, (_CPU_LOGITS if hidden.device.type == "cpu" else _ACCELERATOR_LOGITS) // head.shape[0])
     loss, ce, kl = _ChunkedLoss.apply(
         rows, head, targets, teacher_rows, teacher_head, eta if teacher_hidden is not None else 0.0, chunk_tokens
     )

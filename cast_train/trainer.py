@@ -163,7 +163,7 @@ def mask_health(optimizer: Any) -> dict[str, float]:
             for p in group["params"]:
                 mask = optimizer.state[p]["mask"]
                 total = torch.linalg.vector_norm(p, 1).item()
-                part = torch.linalg.vector_norm(p * mask, 1).item()
+                part = torch.linalg.vector_norm(p * mask.view(torch.uint8), 1).item()
                 masked, kept, count = masked + total - part, kept + part, count + p.numel() / 2
     return {"masked": masked / count, "kept": kept / count, "mask_flips": float(optimizer.mask_flips)}
 

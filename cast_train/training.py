@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import transformers
 from rich.console import Console
-from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
 from cast_train.budget import DecayBudget, decay_budget
@@ -20,12 +19,15 @@ from cast_train.config import CastConfig
 from cast_train.dataset import TokenBlocks, load_tokens
 from cast_train.health import Health
 from cast_train.mask import nm_mask
+from cast_train.oneshot import prune
+from cast_train.oneshot.calibration import calibration_samples
 from cast_train.run import Run, source_hash
 from cast_train.sparse_model import finalize, is_transposed, scope, sparsify
 from cast_train.trainer import CastTrainer, last_checkpoint, training_arguments
 from conversion.checkpoint import Checkpoint
 from conversion.dense_model import dense_model
 from conversion.errors import InputError
+from conversion.hub import local_model
 
 _REPORT_TOKENS = 8192  # on which the loss before and after the cut is measured
 
@@ -63,7 +65,7 @@ def train(
         raise InputError(f"{out} exists already: choose another directory or remove it")
 
     # Load
-    directory = _local_directory(source)
+    directory = local_model(source)
     tokenizer = AutoTokenizer.from_pretrained(directory)
     dense = Checkpoint(directory)
     student = dense_model(dense, torch.float32)
@@ -83,7 +85,8 @@ def train(
     # Start from the dense weights, or from one-shot pruned ones
     teacher = dense_model(dense, torch.float32) if config.eta > 0 else None
     if config.warm_start != "none" and checkpoint is None:
-        _warm_start(student, config, blocks)
+        calibration = calibration_samples(tokens, config) if config.warm_start != "magnitude" else None
+        prune(student, config.warm_start, calibration, shrink=config.shrink)
     student = sparsify(student, config)
 
     # Measure, and refuse what cannot succeed
@@ -182,35 +185,6 @@ def report_loss(trainer: CastTrainer, blocks: TokenBlocks) -> dict[str, float]:
         for name in sums:
             sums[name] += getattr(losses, name).item()
     return {name: total / count for name, total in sums.items()}
-
-
-def _warm_start(model: PreTrainedModel, config: CastConfig, blocks: TokenBlocks) -> None:
-    from cast_train.oneshot import prune
-
-    samples = min(len(blocks), max(1, config.calibration_tokens // config.block_length))
-    calibration: Tensor | None = None
-    if config.warm_start != "magnitude":
-        calibration = torch.stack([blocks[i]["input_ids"] for i in range(samples)])
-    prune(model, config.warm_start, calibration, shrink=config.shrink)
-
-
-def _local_directory(source: str | Path) -> Path:
-    """Return the model's directory, downloaded first if `source` is a hub id."""
-    path = Path(source)
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise InputError(f"{path} holds no model: there is no config.json")
-        return path
-    if path.is_absolute() or str(source).count("/") != 1 or str(source).startswith("."):
-        raise InputError(f"{source} does not exist")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(
-            snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"])
-        )
-    except Exception as error:
-        raise InputError(f"{source} is neither a directory here nor a model that the hub gives: {error}") from None
 
 
 def _save(model: PreTrainedModel, tokenizer: Any, source: Path, out: Path, run: Run, summary: dict[str, Any]) -> None:

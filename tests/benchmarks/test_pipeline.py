@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from benchmarks.pipeline.run import StageFailed, run_stages
-from benchmarks.pipeline.source import local_model
+from conversion.hub import local_model
 from benchmarks.pipeline.stages import Preset, Stage, stages
 from conversion.errors import InputError
 

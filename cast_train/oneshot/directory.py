@@ -1,0 +1,37 @@
+"""`cast train --method magnitude|wanda|sparsegpt`: a dense model directory in, an exact 2:4 one out, no training."""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer
+
+from cast_train.config import CastConfig
+from cast_train.dataset import load_tokens
+from cast_train.oneshot.calibration import calibration_samples
+from cast_train.oneshot.prune import METHODS, prune
+from conversion.atomic import new_directory
+from conversion.checkpoint import Checkpoint
+from conversion.dense_model import dense_model
+from conversion.errors import InputError
+from conversion.hub import local_model
+
+
+def prune_directory(source: str | Path, data: Sequence[str], out: Path, method: str, config: CastConfig) -> None:
+    """Prune the model `source` with `method` and save it, float32, to the new directory `out`.
+
+    Of `config` only calibration_tokens, block_length and seed matter. InputError if anything given is wrong.
+    """
+    if method not in METHODS:
+        raise InputError(f"unknown method '{method}': use cast, {', '.join(METHODS)}")
+    directory = local_model(source)
+    with new_directory(out) as building:
+        model = dense_model(Checkpoint(directory), torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+        calibration = None if method == "magnitude" else calibration_samples(load_tokens(data, tokenizer), config)
+        prune(model, method, calibration)
+        model.save_pretrained(building)
+        tokenizer.save_pretrained(building)
+        if (directory / "generation_config.json").exists():
+            shutil.copy(directory / "generation_config.json", building)
