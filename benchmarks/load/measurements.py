@@ -130,7 +130,7 @@ class Settings(_Record):
     prompt_tokens: int = Field(default=128, ge=1)
     output_tokens: int = Field(default=64, ge=2)
     requests_per_user: int = Field(default=2, ge=1)
-    rounds: int = Field(default=3, ge=1)
+    rounds: int = Field(default=5, ge=1)
     prompt_source: str = "random token ids, seed 0"
     threads: int | None = None
     """Threads of each server; None leaves the server its default."""
