@@ -63,7 +63,7 @@ class Checkpoint:
         if "quantization_config" in self.config:
             method = self.config["quantization_config"].get("quant_method")
             raise InputError(
-                f"{self.directory} is already quantized or packed ({method}): give the dense model directory it came from"
+                f"{self.directory} is already quantized or packed ({method}): give the dense model it came from"
             )
         self.shards = Shards(self.directory)
         self.scope = [name for name, info in self.shards.infos.items() if in_scope(self.family, name, info.shape)]
@@ -128,7 +128,11 @@ def widest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
 
 
 def check_complete(
-    directory: Path, config: dict[str, Any], family: Family, names: list[str], shape_of: Callable[[str], tuple[int, ...]]
+    directory: Path,
+    config: dict[str, Any],
+    family: Family,
+    names: list[str],
+    shape_of: Callable[[str], tuple[int, ...]],
 ) -> None:
     """Refuse a checkpoint that lacks a tensor of its model, or whose blocks differ in their tensors' shapes.
 

@@ -22,7 +22,8 @@ def convert(
     source: Annotated[Path, typer.Argument(help="Model directory: a 2:4 Hugging Face model, or a packed one (onnx).")],
     out: Annotated[Path, typer.Argument(help="Directory to make.")],
     to: Annotated[
-        Target, typer.Option(help="packed: the portable checkpoint. onnx: what the CPU engine runs, also for dense models.")
+        Target,
+        typer.Option(help="packed: the portable checkpoint. onnx: what the CPU engine runs, also for dense models."),
     ] = Target.packed,
     value_dtype: Annotated[
         ValueDtype | None, typer.Option(help="Round kept values to this dtype. Default: as the source has them.")

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel
@@ -14,8 +15,9 @@ from conversion.packed_checkpoint import PackedCheckpoint
 
 def dense_config(checkpoint: Checkpoint | PackedCheckpoint) -> PretrainedConfig:
     """The model's config without the marks of packing."""
-    fields = {key: value for key, value in checkpoint.config.items() if key not in ("quantization_config", "model_type")}
-    config: PretrainedConfig = AutoConfig.for_model(checkpoint.config["model_type"], **fields)
+    fields = checkpoint.config.copy()
+    fields.pop("quantization_config", None)
+    config: PretrainedConfig = AutoConfig.for_model(**fields)
     return config
 
 
@@ -35,12 +37,13 @@ def dense_model(
         InputError: a tensor is missing, unexpected, damaged or of another shape than config.json implies.
     """
     config = dense_config(checkpoint)
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     tensors = {name: checkpoint.tensor(name) for name in checkpoint.names}
     if linear_dtype is not None:
         tensors |= {name: tensors[name].to(linear_dtype) for name in checkpoint.scope}
     with _quiet_loading():
         try:
-            model, info = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
+            model, info = model_class.from_pretrained(
                 None,
                 config=config,
                 state_dict=tensors,

@@ -62,7 +62,7 @@ def family_of(model_type: str) -> Family:
 def in_scope(family: Family, name: str, shape: Sequence[int]) -> bool:
     """Tell whether checkpoint tensor `name` is a linear weight that CAST makes 2:4.
 
-    A linear whose input size K is no multiple of 8 cannot be packed (one bitmask byte covers 8 columns) and stays dense.
+    A linear whose input size K is no multiple of 8 cannot be packed (a bitmask byte covers 8 columns) and stays dense.
     """
     if len(shape) != 2 or not name.endswith(".weight") or not family.block.match(name):
         return False

@@ -9,8 +9,9 @@ from conversion.inspection import DirectoryInfo
 
 def print_info(info: DirectoryInfo, console: Console) -> None:
     """Print a table of the linears, where they are known, and the totals."""
+    title = f"{info.directory}: {info.kind}, {info.model_type}, {info.value_dtype}"
     if info.layers:
-        table = Table(title=f"{info.directory}: {info.kind}, {info.model_type}, {info.value_dtype}")
+        table = Table(title=title)
         table.add_column("linear")
         for heading in ("shape", "zeros", "violations", "dense", "packed"):
             table.add_column(heading, justify="right")
@@ -24,7 +25,9 @@ def print_info(info: DirectoryInfo, console: Console) -> None:
                 decimal(layer.packed_bytes),
             )
         console.print(table)
-    totals = Table(show_header=False, title=None if info.layers else f"{info.directory}: {info.kind}, {info.model_type}")
+    totals = Table(
+        show_header=False, title=None if info.layers else f"{info.directory}: {info.kind}, {info.model_type}"
+    )
     totals.add_column()
     totals.add_column(justify="right")
     totals.add_row("weights as stored here", decimal(info.stored_bytes))
@@ -35,7 +38,6 @@ def print_info(info: DirectoryInfo, console: Console) -> None:
         totals.add_row("linears dense", decimal(info.linear_dense_bytes))
         totals.add_row("linears packed", decimal(info.linear_packed_bytes))
     else:
-        totals.add_row("value dtype", info.value_dtype)
         totals.add_row("packed linears", decimal(info.linear_packed_bytes))
     totals.add_row("everything else", decimal(info.other_bytes))
     if info.packed_ratio is not None:

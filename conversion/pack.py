@@ -51,7 +51,9 @@ def save_packed(
     ):
         for shard, infos in source.shards.by_shard():
             layouts = {name: _layout(source, name, dtype) for name in infos}
-            with ShardWriter(building / shard, {k: v for layout in layouts.values() for k, v in layout.items()}) as writer:
+            with ShardWriter(
+                building / shard, {k: v for layout in layouts.values() for k, v in layout.items()}
+            ) as writer:
                 for name, info in infos.items():
                     for packed_name, tensor in _pack(source, name, dtype).items():
                         digests[packed_name] = writer.write(packed_name, tensor)
@@ -101,7 +103,9 @@ def _pack(source: Checkpoint, name: str, dtype: torch.dtype) -> dict[str, Tensor
     try:
         values, bitmask = pack24(source.linear_weight(name))
     except InputError as error:
-        raise InputError(f"{source.directory} is not 2:4: tensor '{name}', {error}; train or prune it to 2:4 first") from None
+        raise InputError(
+            f"{source.directory} is not 2:4: tensor '{name}', {error}; train or prune it to 2:4 first"
+        ) from None
     rounded = values.to(dtype)
     if not rounded.isfinite().all():
         raise InputError(f"tensor '{name}' holds values that do not fit {dtype}: choose a wider --value-dtype")

@@ -74,8 +74,8 @@ class PackedCheckpoint:
         rows, half = values.shape if len(values.shape) == 2 else (-1, -1)
         if half % 4 or bitmask.shape != (rows, half // 4):
             raise InputError(
-                f"layer '{layer}' has values of shape {list(values.shape)} and a bitmask of shape {list(bitmask.shape)}, "
-                "not [N, K/2] and [N, K/8]: make the checkpoint again"
+                f"layer '{layer}' has values of shape {list(values.shape)} and a bitmask of shape "
+                f"{list(bitmask.shape)}, not [N, K/2] and [N, K/8]: make the checkpoint again"
             )
 
     def _shape(self, name: str) -> tuple[int, ...]:
@@ -167,7 +167,7 @@ def _value_dtype(directory: Path, config: dict[str, Any]) -> torch.dtype:
         )
     if quantization.get("pattern") != PATTERN or quantization.get("value_dtype") not in VALUE_DTYPES:
         raise InputError(
-            f"{directory} holds {quantization.get('pattern')} sparsity with {quantization.get('value_dtype')} values, and "
-            f"this release reads {PATTERN} with {', '.join(VALUE_DTYPES)}"
+            f"{directory} holds {quantization.get('pattern')} sparsity with {quantization.get('value_dtype')} values, "
+            f"and this release reads {PATTERN} with {', '.join(VALUE_DTYPES)}"
         )
     return VALUE_DTYPES[quantization["value_dtype"]]

@@ -1,7 +1,7 @@
 """The layout that the CPU kernel reads: 16 rows side by side.
 
 One group of 16 rows is two vectors of values; the kernel broadcasts the group's four inputs into every 128-bit lane and
-lets each row pick its two by index. Made from the portable format when a model is exported or loaded, never stored there.
+lets each row pick its two by index. Made from the portable format when a model is exported or loaded.
 """
 
 import torch

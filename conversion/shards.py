@@ -65,7 +65,9 @@ class Shards:
                     view = file.get_slice(name)
                     stored = view.get_dtype()
                     if stored not in _DTYPES:
-                        raise InputError(f"tensor '{name}' of {directory / shard} has dtype {stored}, which is not supported")
+                        raise InputError(
+                            f"tensor '{name}' of {directory / shard} has dtype {stored}, which is not supported"
+                        )
                     self.infos[name] = TensorInfo(shard, tuple(view.get_shape()), _DTYPES[stored])
         for name, shard in self.index.get("weight_map", {}).items():
             if name not in self.infos:
@@ -158,7 +160,9 @@ class ShardWriter:
     def __enter__(self) -> "ShardWriter":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._file.close()
         if kind is None and self._pending:
             raise AssertionError(f"tensors never written: {[name for name, *_ in self._pending]}")
@@ -166,4 +170,4 @@ class ShardWriter:
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """The bytes of a tensor in row-major order, without a copy where it already is."""
-    return memoryview(tensor.detach().contiguous().flatten().view(torch.uint8).numpy())
+    return tensor.detach().contiguous().flatten().view(torch.uint8).numpy().data

@@ -38,9 +38,7 @@ class VerifyReport:
         )
         if self.compared_with is None:
             return f"{checked}; not compared with a source model"
-        return (
-            f"{checked}; all equal {self.compared_with} bit for bit, and so do the logits of {self.logits_tokens} tokens"
-        )
+        return f"{checked}; they and the logits of {self.logits_tokens} tokens equal {self.compared_with} bit for bit"
 
 
 def verify(packed_dir: str | Path, source_dir: str | Path | None = None) -> VerifyReport:
@@ -61,7 +59,9 @@ def verify(packed_dir: str | Path, source_dir: str | Path | None = None) -> Veri
         values, bitmask = packed.packed(layer)
         weight = unpack24(values, bitmask)
         if not torch.equal(unpack24(*pack24(weight)), weight):
-            raise InputError(f"layer '{layer}' of {packed.directory} does not survive packing again: convert the model again")
+            raise InputError(
+                f"layer '{layer}' of {packed.directory} does not survive packing again: convert the model again"
+            )
         if source is not None:
             _check_layer(packed, source, layer, weight)
     dense = [name for name in packed.names if name not in set(packed.scope)]
@@ -107,4 +107,6 @@ def _check_logits(packed: PackedCheckpoint, source: Checkpoint) -> None:
         ours = dense_model(packed, dtype)(tokens).logits
         theirs = dense_model(source, dtype, linear_dtype=packed.value_dtype)(tokens).logits
     if not ours.isfinite().all() or not torch.equal(ours, theirs):
-        raise InputError(f"the logits of {packed.directory} differ from those of {source.directory}: convert the model again")
+        raise InputError(
+            f"the logits of {packed.directory} differ from those of {source.directory}: convert the model again"
+        )

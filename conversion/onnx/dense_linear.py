@@ -21,7 +21,9 @@ def use_dense_linear(model: ir.Model, embedding: torch.Tensor, lm_head: torch.Te
         lm_head: [V, H] weight of lm_head, the very same tensor where the two are tied.
     """
     graph = model.graph
-    head, logits = graph.outputs[0].producer(), graph.outputs[0]
+    logits = graph.outputs[0]
+    head = logits.producer()
+    assert head is not None
     shared = graph.initializers[_EMBEDDING]
     if embedding.dtype == torch.bfloat16:
         _store_as_bfloat16(graph, shared, embedding)
@@ -31,9 +33,7 @@ def use_dense_linear(model: ir.Model, embedding: torch.Tensor, lm_head: torch.Te
         weight = ir.Value(name=tensor.name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
         graph.register_initializer(weight)
     linear = ir.node("DenseLinear", [head.inputs[0], weight], domain=DOMAIN, name="/lm_head/DenseLinear")
-    old_weight = head.inputs[1].name
     ir.convenience.replace_nodes_and_values(graph, head, [head], [linear], [logits], [linear.outputs[0]])
-    graph.initializers.pop(old_weight)
 
 
 def _store_as_bfloat16(graph: ir.Graph, embedding: ir.Value, weight: torch.Tensor) -> None:

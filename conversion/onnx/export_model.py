@@ -8,6 +8,7 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 from transformers import AutoTokenizer, PreTrainedModel
 
 from conversion.atomic import new_directory
@@ -67,7 +68,8 @@ def export(
         panels: list[tuple[str, str]] = []
         if sparse:
             panels = use_sparse_matmul(graph, dtype)
-            use_dense_linear(graph, model.get_input_embeddings().weight, model.get_output_embeddings().weight)
+            use_dense_linear(graph, _weight(model.get_input_embeddings()), _weight(model.get_output_embeddings()))
+        RemoveUnusedNodesPass()(graph)
         _save(graph, building, show_progress)
         _copy_companions(source.directory, building)
         manifest = _manifest(source, model, graph, dtype, panels)
@@ -105,12 +107,18 @@ def _save(graph: ir.Model, directory: Path, show_progress: bool) -> None:
         )
 
 
+def _weight(module: torch.nn.Module) -> torch.Tensor:
+    weight = module.weight
+    assert isinstance(weight, torch.Tensor)
+    return weight
+
+
 def _weights(graph: ir.Model) -> list[ir.TensorProtocol]:
     return [value.const_value for value in graph.graph.initializers.values() if value.const_value is not None]
 
 
 def _copy_companions(source: Path, directory: Path) -> None:
-    """Copy config and tokenizer; make tokenizer.json and chat_template.jinja where the source has them in older forms."""
+    """Copy config and tokenizer; make tokenizer.json and chat_template.jinja where the source has older forms."""
     config = json.loads((source / "config.json").read_text())
     config.pop("quantization_config", None)
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -134,7 +142,7 @@ def _manifest(
     panels: list[tuple[str, str]],
 ) -> dict[str, Any]:
     config = model.config
-    nbytes = {value.name: value.const_value.nbytes for value in graph.graph.initializers.values()}
+    nbytes = {tensor.name: tensor.nbytes for tensor in _weights(graph)}
     token_ids = _token_ids(source)
     return {
         "version": MANIFEST_VERSION,

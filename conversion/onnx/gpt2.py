@@ -15,7 +15,7 @@ class GPT2(LearnedPositionsDecoder):
     def __init__(self, config: Any, *args: Any) -> None:
         if config.scale_attn_by_inverse_layer_idx or not config.scale_attn_weights or config.add_cross_attention:
             raise InputError(
-                "this GPT-2 variant cannot be exported: it scales attention by layer, not at all, or attends to an encoder"
+                "this GPT-2 variant cannot be exported: it scales attention unusually or attends to an encoder"
             )
         super().__init__(config, *args)
 
@@ -31,10 +31,12 @@ class GPT2(LearnedPositionsDecoder):
         return self.weights.transformer.h
 
     def final_norm(self) -> nn.Module:
-        return self.weights.transformer.ln_f
+        norm: nn.Module = self.weights.transformer.ln_f
+        return norm
 
     def position_table(self) -> Tensor:
-        return self.weights.transformer.wpe.weight
+        table: Tensor = self.weights.transformer.wpe.weight
+        return table
 
     def block(self, layer: Any) -> SimpleNamespace:
         query, key, value = (

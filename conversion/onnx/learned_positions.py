@@ -44,7 +44,11 @@ class LearnedPositionsDecoder(TransformersDecoder):
     def make_embedding(self, embedding: Tensor) -> None:
         super().make_embedding(embedding)
         tokens = self.layernorm_attrs["root_input"]
-        table, gather, add = "model.embed_positions.weight", "/model/embed_positions/Gather", "/model/embed_positions/Add"
+        table, gather, add = (
+            "model.embed_positions.weight",
+            "/model/embed_positions/Gather",
+            "/model/embed_positions/Add",
+        )
         self.make_initializer(self.position_table(), table, to=self.io_dtype)
         shape = self.make_hidden_state_shape()
         self.make_gather(gather, [table, self.input_names["position_ids"]], self.io_dtype, shape, axis=0)
@@ -55,5 +59,3 @@ class LearnedPositionsDecoder(TransformersDecoder):
 def linear(weight: Tensor, bias: Tensor | None) -> SimpleNamespace:
     """What the builder needs of an nn.Linear: weight [out, in] and bias [out]."""
     return SimpleNamespace(weight=weight, bias=bias)
-
-

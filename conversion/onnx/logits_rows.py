@@ -10,11 +10,15 @@ def select_logits_rows(model: ir.Model) -> None:
     """
     graph = model.graph
     head = graph.outputs[0].producer()
+    assert head is not None
     hidden = head.inputs[0]
+    assert hidden is not None
     rows = ir.Value(name="logits_rows", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape(["R"]))
     gather = ir.node("Gather", [hidden, rows], {"axis": 1}, name="/lm_head/Gather")
-    gather.outputs[0].dtype = hidden.dtype
+    gather.outputs[0].type = hidden.type
     graph.insert_before(head, gather)
     head.replace_input_with(0, gather.outputs[0])
     graph.inputs.append(rows)
-    graph.outputs[0].shape = ir.Shape([1, "R", graph.outputs[0].shape[-1]])
+    logits = graph.outputs[0]
+    assert logits.shape is not None
+    logits.shape = ir.Shape([1, "R", logits.shape[-1]])

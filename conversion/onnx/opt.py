@@ -39,10 +39,12 @@ class OPT(LearnedPositionsDecoder):
         return self.weights.model.decoder.layers
 
     def final_norm(self) -> nn.Module:
-        return self.weights.model.decoder.final_layer_norm
+        norm: nn.Module = self.weights.model.decoder.final_layer_norm
+        return norm
 
     def position_table(self) -> Tensor:
-        return self.weights.model.decoder.embed_positions.weight[POSITION_OFFSET:]
+        table: Tensor = self.weights.model.decoder.embed_positions.weight
+        return table[POSITION_OFFSET:]
 
     def block(self, layer: Any) -> SimpleNamespace:
         return SimpleNamespace(

@@ -1,19 +1,18 @@
 """Rewrite 1: GroupQueryAttention over padded batches -> cast24::PagedAttention over ragged ones."""
 
 import onnx_ir as ir
-from onnx_ir.passes.common import RemoveUnusedNodesPass
 from transformers import PretrainedConfig
 
 DOMAIN = "cast24"
 
 
 def use_paged_attention(model: ir.Model, config: PretrainedConfig) -> None:
-    """Replace every attention node, the mask subgraph and the graph's inputs and outputs, in place.
+    """Replace every attention node and the graph's inputs and outputs, in place; the mask subgraph is left unused.
 
-    Inputs become input_ids int64 [1, T] (all sequences' new tokens, one after the other), position_ids int64 [1, T] where
-    the graph has learned positions, block_table int32 [B, max_blocks], past_lens int32 [B], cu_seqlens int32 [B + 1],
-    key_cache.i and value_cache.i float32 [num_blocks, block_size, kv_heads, head_dim], written in place by the operator.
-    The only output is logits.
+    Inputs become input_ids int64 [1, T] (all sequences' new tokens, one after the other), position_ids int64 [1, T]
+    where the graph has learned positions, block_table int32 [B, max_blocks], past_lens int32 [B], cu_seqlens int32
+    [B + 1], and key_cache.i and value_cache.i float32 [num_blocks, block_size, kv_heads, head_dim], which the operator
+    writes in place. The only output is logits.
     """
     graph = model.graph
     model.opset_imports[DOMAIN] = 1
@@ -34,10 +33,9 @@ def use_paged_attention(model: ir.Model, config: PretrainedConfig) -> None:
             [query, key, value, *cache, block_table, past_lens, cu_seqlens, cos, sin],
             attributes | {"local_window_size": attention_window(config, layer)},
             domain=DOMAIN,
-            name=node.name.replace("GroupQueryAttention", "PagedAttention"),
+            name=str(node.name).replace("GroupQueryAttention", "PagedAttention"),
         )
         ir.convenience.replace_nodes_and_values(graph, node, [node], [paged], [node.outputs[0]], [paged.outputs[0]])
-    RemoveUnusedNodesPass()(model)
     graph.inputs[:] = [*tokens, block_table, past_lens, cu_seqlens, *caches]
 
 

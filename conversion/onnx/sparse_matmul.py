@@ -16,7 +16,7 @@ _BLOCKS = "model.layers."  # the builder's names of everything inside the transf
 def use_sparse_matmul(model: ir.Model, value_dtype: torch.dtype) -> list[tuple[str, str]]:
     """Replace the MatMul of every linear in the blocks whose input size is a multiple of 8, in place.
 
-    Panels are made when the graph is saved, one linear at a time. A bias that is added right after becomes the operator's.
+    Panels are made when the graph is saved, one linear at a time. The operator takes over a bias added right after it.
 
     Args:
         model: a graph whose in-scope weights [K, N] are 2:4 along K.
@@ -28,51 +28,43 @@ def use_sparse_matmul(model: ir.Model, value_dtype: torch.dtype) -> list[tuple[s
     graph = model.graph
     replaced = []
     for node in [node for node in graph if node.op_type == "MatMul"]:
-        weight = node.inputs[1]
-        if not weight.is_initializer() or not weight.name.startswith(_BLOCKS) or weight.shape[0] % 8:
+        weight = _block_weight(node)
+        columns, rows = (0, 0) if weight is None else weight.shape.numpy()
+        if weight is None or columns % 8:
             continue
-        columns, rows = weight.shape
-        values, indices = _panel_initializers(weight, value_dtype)
+        panels = _Panels(weight, value_dtype)
+        values, indices = panels.initializers()
         graph.register_initializer(values)
         graph.register_initializer(indices)
-        replaced.append((values.name, indices.name))
+        replaced.append((str(values.name), str(indices.name)))
         last, bias = _following_bias(node)
         sparse = ir.node(
             "Sparse24MatMul",
             [node.inputs[0], values, indices, bias],
             {"N": rows, "K": columns, "value_dtype": str(value_dtype).removeprefix("torch.")},
             domain=DOMAIN,
-            name=node.name.replace("MatMul", "Sparse24MatMul"),
+            name=str(node.name).replace("MatMul", "Sparse24MatMul"),
         )
         old = [node] if last is node else [last, node]
         ir.convenience.replace_nodes_and_values(graph, last, old, [sparse], [last.outputs[0]], [sparse.outputs[0]])
-        graph.initializers.pop(weight.name)
     return replaced
+
+
+def _block_weight(matmul: ir.Node) -> ir.TensorProtocol | None:
+    """The weight [K, N] of a MatMul inside the blocks; None for any other MatMul."""
+    value = matmul.inputs[1]
+    tensor = None if value is None else value.const_value
+    return tensor if tensor is not None and (tensor.name or "").startswith(_BLOCKS) else None
 
 
 def _following_bias(matmul: ir.Node) -> tuple[ir.Node, ir.Value | None]:
     """The Add of a bias vector that alone consumes a MatMul, with the bias; else the MatMul itself and None."""
-    uses = matmul.outputs[0].uses()
+    uses = list(matmul.outputs[0].uses())
     if len(uses) == 1 and uses[0].node.op_type == "Add":
-        add = uses[0].node
-        bias = add.inputs[1 - uses[0].idx]
-        if bias.is_initializer() and len(bias.shape) == 1:
-            return add, bias
+        bias = uses[0].node.inputs[1 - uses[0].idx]
+        if bias is not None and bias.const_value is not None and len(bias.const_value.shape) == 1:
+            return uses[0].node, bias
     return matmul, None
-
-
-def _panel_initializers(weight: ir.Value, dtype: torch.dtype) -> tuple[ir.Value, ir.Value]:
-    columns, rows = weight.shape
-    panels, groups = -(-rows // ROWS), columns // 4
-    words = -(-groups // GROUPS_PER_WORD)
-    layout = [panels, groups, 2, ROWS] if dtype == torch.float32 else [panels, groups, ROWS, 2]
-    value_type = ir.DataType.FLOAT if dtype == torch.float32 else ir.DataType.BFLOAT16
-    made = _Panels(weight.const_value, dtype)
-    base = weight.name.removesuffix("MatMul.weight")
-    return (
-        _lazy(f"{base}values", value_type, layout, made.values),
-        _lazy(f"{base}indices", ir.DataType.UINT32, [panels, words, ROWS], made.indices),
-    )
 
 
 class _Panels:
@@ -81,18 +73,31 @@ class _Panels:
     def __init__(self, weight: ir.TensorProtocol, dtype: torch.dtype) -> None:
         self._weight = weight
         self._dtype = dtype
-        self._indices: Tensor | None = None
+        self._made: Tensor | None = None
+
+    def initializers(self) -> tuple[ir.Value, ir.Value]:
+        """Graph values of the panels' values and indices, still to be made."""
+        columns, rows = self._weight.shape.numpy()
+        panels, groups = -(-rows // ROWS), columns // 4
+        words = -(-groups // GROUPS_PER_WORD)
+        layout = [panels, groups, 2, ROWS] if self._dtype == torch.float32 else [panels, groups, ROWS, 2]
+        value_type = ir.DataType.FLOAT if self._dtype == torch.float32 else ir.DataType.BFLOAT16
+        base = str(self._weight.name).removesuffix("MatMul.weight")
+        return (
+            _lazy(f"{base}values", value_type, layout, self._values),
+            _lazy(f"{base}indices", ir.DataType.UINT32, [panels, words, ROWS], self._indices),
+        )
 
     def _pack(self) -> tuple[Tensor, Tensor]:
         values, bitmask = pack24(torch.from_numpy(self._weight.numpy()).T)
         return to_panels(values.to(self._dtype), bitmask)
 
-    def values(self) -> ir.TensorProtocol:
-        values, self._indices = self._pack()
+    def _values(self) -> ir.TensorProtocol:
+        values, self._made = self._pack()
         return ir.tensor(values)
 
-    def indices(self) -> ir.TensorProtocol:
-        indices, self._indices = self._pack()[1] if self._indices is None else self._indices, None
+    def _indices(self) -> ir.TensorProtocol:
+        indices, self._made = self._pack()[1] if self._made is None else self._made, None
         return ir.tensor(indices.numpy())
 
 

@@ -25,12 +25,11 @@ _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 class TransformersDecoder(builders.base.Model):
     """Walks a transformers decoder in order, where the stock builder guesses each module's role from its shape."""
 
-    def load_weights(self, input_path: PreTrainedModel) -> PreTrainedModel:
-        return input_path
+    weights: Any
 
     def make_model(self, input_path: PreTrainedModel) -> None:
         self.make_inputs_and_outputs()
-        self.weights = self.load_weights(input_path)
+        self.weights = input_path
         self.make_preprocessing_nodes()
         self.make_embedding(self.weights.get_input_embeddings().weight)
         for layer_id, layer in enumerate(self.blocks()):
@@ -43,7 +42,8 @@ class TransformersDecoder(builders.base.Model):
         return self.weights.model.layers
 
     def final_norm(self) -> torch.nn.Module:
-        return self.weights.model.norm
+        norm: torch.nn.Module = self.weights.model.norm
+        return norm
 
     def make_rope_init(self, config: Any) -> None:
         """Nothing to parse: the tables come from the transformers model, whatever its rope type."""

@@ -41,7 +41,9 @@ CONFIGS: dict[str, PretrainedConfig] = {
     "mistral": MistralConfig(**_LLAMA_LIKE, sliding_window=3),
     "qwen2": Qwen2Config(**_LLAMA_LIKE, tie_word_embeddings=True),
     "qwen3": Qwen3Config(**_LLAMA_LIKE, head_dim=16),
-    "gpt2": GPT2Config(vocab_size=97, n_positions=64, n_embd=32, n_layer=2, n_head=4, n_inner=56),
+    "gpt2": GPT2Config(
+        vocab_size=97, n_positions=64, n_embd=32, n_layer=2, n_head=4, n_inner=56, bos_token_id=1, eos_token_id=2
+    ),
     "opt": OPTConfig(
         vocab_size=97,
         hidden_size=32,

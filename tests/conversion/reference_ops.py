@@ -4,7 +4,6 @@ import numpy as np
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
-
 # What stands for an output without a name; the evaluator then hands it to every later input without one.
 UNUSED = np.empty(0)
 

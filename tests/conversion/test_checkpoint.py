@@ -1,6 +1,5 @@
 """The packed checkpoint on disk: what is written, what is read back, and what is refused."""
 
-import gc
 import json
 import shutil
 import weakref
@@ -152,7 +151,6 @@ def test_no_more_than_one_tensor_is_held_while_packing(source, tmp_path, monkeyp
 
     def watched(self, name):
         nonlocal most
-        gc.collect()
         tensor = read(self, name)
         alive.append(weakref.ref(tensor))
         most = max(most, sum(ref() is not None for ref in alive))

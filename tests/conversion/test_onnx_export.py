@@ -1,21 +1,28 @@
 """Exported graphs against transformers, on ragged batches over two steps."""
 
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 import torch
-from transformers import GPT2Config, OPTConfig
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, OPTConfig
 
+import cast_serve
 from conversion import save_packed
 from conversion.errors import InputError
+from conversion.fingerprint import source_fingerprint
 from conversion.onnx import export
 from tests.conversion.models import CONFIGS, make_model
 from tests.conversion.reference_ops import evaluator
 
-BLOCK_SIZE = 4
-PROMPTS = [[5, 17, 3, 88, 41, 2, 60], [9], [33, 12, 71, 4]]
+KERNELS = Path(cast_serve.__file__).parent / "kernels" / "libcast24.so"
+BLOCK_SIZE = 16
+PROMPTS = [[5, 17, 3, 88, 41, 2, 60, 8, 93, 55, 20, 1, 76, 30, 62, 9, 44, 81, 7], [9], [33, 12, 71, 4]]
 NEXT = [[7, 11], [13], [54]]
 
 
@@ -30,7 +37,7 @@ def run_steps(directory, run):
     for step in (PROMPTS, NEXT):
         lengths = np.array([len(tokens) for tokens in step])
         feeds = {
-            "input_ids": np.array([sum(step, [])], np.int64),
+            "input_ids": np.array([[token for tokens in step for token in tokens]]),
             "position_ids": np.concatenate([np.arange(n) + p for n, p in zip(lengths, past, strict=True)])[None],
             "block_table": table,
             "past_lens": past,
@@ -54,27 +61,229 @@ def expected_logits(model):
         ]
 
 
-def reference_runner(directory):
+def reference(directory):
     session = evaluator(onnx.load(directory / "model.onnx"))
     return lambda feeds: session.run(["logits"], feeds)
 
 
+def onnxruntime(directory):
+    """The real thing: ONNX Runtime with the kernel library, which writes the caches in place."""
+    if not KERNELS.is_file():
+        pytest.skip("the kernel library is not built")
+    options = ort.SessionOptions()
+    options.register_custom_ops_library(str(KERNELS))
+    session = ort.InferenceSession(directory / "model.onnx", options, providers=["CPUExecutionProvider"])
+
+    def run(feeds):
+        binding = session.io_binding()
+        for name, array in feeds.items():
+            binding.bind_cpu_input(name, array)
+        binding.bind_output("logits")
+        session.run_with_iobinding(binding)
+        return binding.copy_outputs_to_cpu()
+
+    return run
+
+
+def save(model, directory):
+    model.save_pretrained(directory)
+    return directory
+
+
+def assert_same_logits(directory, runner, model, tolerance=2e-4):
+    logits = run_steps(directory, runner(directory))
+    for ours, theirs in zip(logits, expected_logits(model), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=tolerance * np.abs(theirs).max())
+
+
+def manifest_of(directory):
+    return json.loads((directory / "cast_onnx.json").read_text())
+
+
+def initializers(directory):
+    graph = onnx.load(directory / "model.onnx", load_external_data=False).graph
+    return {tensor.name: tensor for tensor in graph.initializer}
+
+
+@pytest.fixture(scope="module")
+def sparse_llama(tmp_path_factory):
+    return save(make_model(CONFIGS["llama"], sparse=True), tmp_path_factory.mktemp("llama") / "model")
+
+
+@pytest.mark.parametrize("runner", [reference, onnxruntime])
 @pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_logits_equal_transformers(name, sparse, tmp_path):
+def test_logits_equal_transformers(name, sparse, runner, tmp_path):
     model = make_model(CONFIGS[name], sparse=sparse)
-    model.save_pretrained(tmp_path / "model")
-    export(tmp_path / "model", tmp_path / "onnx")
+    export(save(model, tmp_path / "model"), tmp_path / "onnx")
+    assert_same_logits(tmp_path / "onnx", runner, model)
 
-    logits = run_steps(tmp_path / "onnx", reference_runner(tmp_path / "onnx"))
-    for ours, theirs in zip(logits, expected_logits(model), strict=True):
-        np.testing.assert_allclose(ours, theirs, atol=2e-4 * np.abs(theirs).max())
-
-    manifest = json.loads((tmp_path / "onnx" / "cast_onnx.json").read_text())
+    manifest = manifest_of(tmp_path / "onnx")
     ops = [node.op_type for node in onnx.load(tmp_path / "onnx" / "model.onnx").graph.node]
     assert manifest["pattern"] == ("2:4" if sparse else "dense")
-    assert manifest["sparse_layers"] == ops.count("Sparse24MatMul")
+    assert (
+        manifest["sparse_layers"] == ops.count("Sparse24MatMul") == (sparse and (8 if name in ("gpt2", "opt") else 10))
+    )
     assert ops.count("PagedAttention") == 2
     assert (ops.count("MatMul") == 0) == sparse
     assert "GroupQueryAttention" not in ops
     assert "attention_mask" not in manifest["inputs"]
+    assert ("position_ids" in manifest["inputs"]) == (name in ("gpt2", "opt"))
+
+
+def test_only_the_wanted_rows_have_logits(sparse_llama, tmp_path):
+    export(sparse_llama, tmp_path / "onnx")
+    run = reference(tmp_path / "onnx")
+    full = run_steps(tmp_path / "onnx", run)
+    lasts = run_steps(tmp_path / "onnx", lambda feeds: last_rows(run, feeds))
+    np.testing.assert_array_equal(lasts[1][0], full[1][0])
+
+
+def last_rows(run, feeds):
+    rows = feeds["cu_seqlens"][1:].astype(np.int64) - 1
+    (wanted,) = run(feeds | {"logits_rows": rows})
+    assert wanted.shape[1] == len(rows)
+    padded = np.zeros((1, feeds["input_ids"].shape[1], wanted.shape[2]), np.float32)
+    padded[0, rows] = wanted[0]
+    return [padded]
+
+
+def test_packed_and_dense_stored_sources_export_alike(sparse_llama, tmp_path):
+    save_packed(sparse_llama, tmp_path / "packed")
+    export(sparse_llama, tmp_path / "a")
+    export(tmp_path / "packed", tmp_path / "b")
+    for file in ("model.onnx", "model.onnx.data", "config.json"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+def test_bfloat16_values_of_a_float32_model(sparse_llama, tmp_path):
+    export(sparse_llama, tmp_path / "onnx", "bfloat16")
+    rounded = make_model(CONFIGS["llama"], sparse=True)
+    for layer in rounded.model.layers:
+        for module in layer.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.weight.data = module.weight.data.bfloat16().float()
+    assert_same_logits(tmp_path / "onnx", reference, rounded)
+    manifest = manifest_of(tmp_path / "onnx")
+    assert manifest["value_dtype"] == "bfloat16"
+    values = [t for name, t in initializers(tmp_path / "onnx").items() if name.endswith(".values")]
+    assert {tensor.data_type for tensor in values} == {onnx.TensorProto.BFLOAT16}
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral"], ids=["tied", "untied"])
+@pytest.mark.parametrize("runner", [reference, onnxruntime])
+def test_a_bfloat16_model_stays_bfloat16_where_that_is_exact(name, runner, tmp_path):
+    source = save(make_model(CONFIGS[name], sparse=True).bfloat16(), tmp_path / "model")
+    export(source, tmp_path / "onnx")
+    assert_same_logits(tmp_path / "onnx", runner, AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32))
+    tensors = initializers(tmp_path / "onnx")
+    assert manifest_of(tmp_path / "onnx")["value_dtype"] == "bfloat16"
+    assert tensors["model.embed_tokens.weight"].data_type == onnx.TensorProto.BFLOAT16
+    if name == "mistral":
+        assert tensors["lm_head.weight"].data_type == onnx.TensorProto.BFLOAT16
+
+
+def test_a_tied_embedding_is_held_once(sparse_llama, tmp_path):
+    export(sparse_llama, tmp_path / "onnx")
+    large = [name for name, tensor in initializers(tmp_path / "onnx").items() if 97 in tensor.dims]
+    assert large == ["model.embed_tokens.weight"]
+
+
+def test_large_initializers_start_on_a_page(sparse_llama, tmp_path):
+    export(sparse_llama, tmp_path / "onnx")
+    external = [{e.key: e.value for e in tensor.external_data} for tensor in initializers(tmp_path / "onnx").values()]
+    large = [int(entry["offset"]) for entry in external if int(entry.get("length", 0)) > 4096]
+    assert large
+    assert all(offset % 4096 == 0 for offset in large)
+
+
+def test_the_manifest_tells_what_the_engine_needs(sparse_llama, tmp_path):
+    source = shutil.copytree(sparse_llama, tmp_path / "model")
+    (source / "generation_config.json").write_text('{"eos_token_id": [5, 6], "bos_token_id": 1}')
+    export(source, tmp_path / "onnx")
+    manifest = manifest_of(tmp_path / "onnx")
+    sizes = {t.name: np.prod(t.dims) * (4 if t.data_type != onnx.TensorProto.INT64 else 8)
+             for t in initializers(tmp_path / "onnx").values()}  # fmt: skip
+    assert manifest == {
+        "version": 1,
+        "pattern": "2:4",
+        "value_dtype": "float32",
+        "sparse_layers": 10,
+        "weight_bytes": sum(sizes.values()),
+        "sparse_weight_bytes": sum(size for name, size in sizes.items() if name.endswith((".values", ".indices"))),
+        "num_layers": 2,
+        "kv_num_heads": 2,
+        "head_dim": 8,
+        "context_length": 64,
+        "vocab_size": 97,
+        "eos_token_ids": [5, 6],
+        "bos_token_id": 1,
+        "source_fingerprint": source_fingerprint(source),
+        "inputs": [value.name for value in onnx.load(tmp_path / "onnx" / "model.onnx").graph.input],
+    }
+    assert set(manifest["inputs"]) == {
+        "input_ids",
+        "block_table",
+        "past_lens",
+        "cu_seqlens",
+        "logits_rows",
+        *(f"{which}_cache.{layer}" for which in ("key", "value") for layer in (0, 1)),
+    }
+
+
+def test_the_fingerprint_follows_the_source(sparse_llama, tmp_path):
+    source = shutil.copytree(sparse_llama, tmp_path / "model")
+    before = source_fingerprint(source)
+    assert source_fingerprint(source) == before
+    (source / "model.safetensors").touch()
+    assert source_fingerprint(source) != before
+
+
+def test_companions_are_brought_into_the_engines_form(sparse_llama, tmp_path):
+    source = shutil.copytree(sparse_llama, tmp_path / "model")
+    vocabulary = {token: i for i, token in enumerate(["<|endoftext|>", "a", "b", "ab"])}
+    (source / "vocab.json").write_text(json.dumps(vocabulary))
+    (source / "merges.txt").write_text("#version: 0.2\na b\n")
+    (source / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer", "chat_template": "{{ x }}"}')
+    export(source, tmp_path / "onnx")
+    assert Tokenizer.from_file(str(tmp_path / "onnx" / "tokenizer.json")).encode("ab").ids == [3]
+    assert (tmp_path / "onnx" / "chat_template.jinja").read_text() == "{{ x }}"
+    assert json.loads((tmp_path / "onnx" / "config.json").read_text())["model_type"] == "llama"
+
+
+@pytest.mark.parametrize(
+    ("config", "match"),
+    [
+        (OPTConfig(**CONFIGS["opt"].to_diff_dict() | {"do_layer_norm_before": False}), "OPT variant"),
+        (OPTConfig(**CONFIGS["opt"].to_diff_dict() | {"word_embed_proj_dim": 16}), "OPT variant"),
+        (GPT2Config(**CONFIGS["gpt2"].to_diff_dict() | {"scale_attn_by_inverse_layer_idx": True}), "GPT-2 variant"),
+        (
+            LlamaConfig(
+                **CONFIGS["llama"].to_diff_dict()
+                | {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}
+            ),
+            "rope type 'dynamic'",
+        ),
+    ],
+    ids=["opt-post-norm", "opt-projection", "gpt2-scale", "rope-dynamic"],
+)
+def test_what_the_graph_cannot_express_is_refused(config, match, tmp_path):
+    save(make_model(config, sparse=False), tmp_path / "model")
+    with pytest.raises(InputError, match=match):
+        export(tmp_path / "model", tmp_path / "onnx")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize(("dtype", "match"), [("bfloat16", "not 2:4"), ("float16", "float16")])
+def test_value_dtypes_that_do_not_apply_are_refused(dtype, match, tmp_path):
+    save(make_model(CONFIGS["llama"], sparse=False), tmp_path / "model")
+    with pytest.raises(InputError, match=match):
+        export(tmp_path / "model", tmp_path / "onnx", dtype)
+
+
+def test_an_existing_output_is_kept_unless_told_otherwise(sparse_llama, tmp_path):
+    (tmp_path / "onnx").mkdir()
+    with pytest.raises(InputError, match="already exists"):
+        export(sparse_llama, tmp_path / "onnx")
+    export(sparse_llama, tmp_path / "onnx", overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["onnx"]
