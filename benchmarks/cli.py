@@ -38,9 +38,9 @@ def bench(
 ) -> None:
     """Measure a 2:4 model against its dense one under the same load, and write a report.
 
-    Starts both servers, loads them in turn over HTTP with streamed requests of fixed lengths, and compares time to
-    first token (TTFT), time per output token (TPOT), end-to-end time, tokens a second and memory. Keep the
-    machine idle meanwhile.
+    Starts both servers and loads them in turn with streamed requests of fixed lengths.
+    Compares time to first token (TTFT), time per output token (TPOT), end-to-end time, tokens/s and memory.
+    Keep the machine idle meanwhile.
 
     Example: cast bench --dense SmolLM2-135M --sparse out/packed --out bench
     """

@@ -79,7 +79,7 @@ def measure(
                     )
                     round_ = _load_one(index, role, servers, plan, lambda: progress.advance(task))
                     result.rounds.append(round_)
-                    progress.console.print(_round_line(round_))
+                    progress.console.print(_round_line(round_), soft_wrap=True)
         return result
 
 
