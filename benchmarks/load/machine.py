@@ -22,7 +22,7 @@ def this_machine() -> Machine:
         cpu=_cpu_model(),
         cores=available_cores(),
         memory_bytes=psutil.virtual_memory().total,
-        system=f"{platform.system()} {platform.release()} {platform.machine()}",
+        system=f"{platform.system()} {platform.machine()}",
         versions={"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
     )
 

@@ -112,6 +112,7 @@ def latency_plot(result: BenchResult, metric: Metric) -> str:
                 axes.plot([place], [1000 * each[99]], "_", color=INK, markersize=5)
         axes.set(xticks=range(len(concurrencies)), xticklabels=concurrencies, xlabel="concurrent requests", ylabel="ms")
         axes.grid(axis="x", visible=False)
+        axes.margins(y=0.3)  # room for the legend
         axes.set_ylim(bottom=0)
         axes.set_title(metric.name)
         axes.legend(loc="upper left")
