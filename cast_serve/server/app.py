@@ -16,6 +16,7 @@ from cast_serve.server.job import Admission
 from cast_serve.server.metrics import CountRequests, ServerMetrics
 from cast_serve.server.model import ServedModel
 from cast_serve.server.protocol import ChatRequest, CompletionRequest, Model, ModelList
+from cast_serve.server.streaming import EndOnShutdown
 
 
 class Server:
@@ -73,7 +74,8 @@ def create_app(
             await asyncio.to_thread(server.loaded.engine.close)
 
     app = FastAPI(title="cast serve", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
-    app.add_middleware(CountRequests, metrics=server.metrics)
+    app.add_middleware(EndOnShutdown)
+    app.add_middleware(CountRequests, metrics=server.metrics)  # the outermost: it sees every answer
     errors.install(app)
     _add_routes(app, server)
     return app

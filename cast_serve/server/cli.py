@@ -38,15 +38,18 @@ def serve(
     converted first, once, into DIR/onnx (DIR/onnx-bfloat16 with --value-dtype bfloat16).
     """
     _require_packages()
-    from cast_serve.server.model import ServedModel
+    from cast_serve.server.listen import bind
     from cast_serve.server.model_dir import find_onnx_dir
-    from cast_serve.server.run import bind, run
 
     if not directory.is_dir():
         raise InputError(f"model directory {directory} does not exist")
     listener = bind(host, port)
     onnx_dir = find_onnx_dir(directory, value_dtype.value if value_dtype else None)
     name = served_model_name or directory.resolve().name
+
+    from cast_serve.server.model import ServedModel
+    from cast_serve.server.run import run
+
     run(
         listener,
         lambda: ServedModel.load(

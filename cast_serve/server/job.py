@@ -66,7 +66,6 @@ class Job:
     ) -> None:
         self.prompt_tokens = sum(len(prompt_ids) for prompt_ids, _ in prompts)
         self._metrics = metrics
-        self._admission = admission
         self.count = len(prompts) * n
         admission.take(self.count)
         with contextlib.ExitStack() as undo:

@@ -60,14 +60,14 @@ def _convert(directory: Path, target: Path, value_dtype: str | None) -> None:
     if importlib.util.find_spec("torch") is None or importlib.util.find_spec("onnxruntime_genai") is None:
         raise InputError(
             f"{directory} must be converted before it can be served: pip install 'cast-serve[convert]', "
-            f"or run 'cast convert {directory} OUT --to onnx' where that is installed and serve OUT"
+            f"or run 'cast convert {directory} OUT --to onnx' where that is installed, and serve OUT"
         )
     print(f"converting {directory} to {target} for ONNX Runtime (once)", file=sys.stderr, flush=True)
     try:
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
             process.submit(_export, directory, target, value_dtype).result()
     except BrokenProcessPool:
-        raise InputError(f"the conversion of {directory} was killed: it needs memory for the dense model") from None
+        raise InputError(f"the process converting {directory} died, probably for lack of memory") from None
     except OSError as error:
         raise InputError(f"cannot write {target}: {error.strerror or error}") from None
 

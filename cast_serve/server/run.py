@@ -1,6 +1,5 @@
 """Runs the application on a socket until a signal, and reports how it went."""
 
-import errno
 import signal
 import socket
 from collections.abc import Callable
@@ -9,26 +8,9 @@ import uvicorn
 
 from cast_serve.server.app import create_app
 from cast_serve.server.model import ServedModel
-from conversion.errors import InputError
 
 _DRAIN_SECONDS = 5  # how long running answers may go on after SIGTERM
 _KEEP_ALIVE_SECONDS = 75  # nginx's default; uvicorn's 5 s closes connections that clients' pools still count on
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """Reserve the address before anything slow happens; InputError if it cannot be had."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((host, port))
-        listener.listen(128)  # SO_REUSEADDR lets two sockets bind one port: only listening makes it ours
-    except OSError as error:
-        listener.close()
-        if error.errno == errno.EADDRINUSE:
-            raise InputError(f"port {port} on {host} is in use: stop what uses it or choose another --port") from None
-        raise InputError(f"cannot listen on {host} port {port}: {error.strerror or error}") from None
-    return listener
 
 
 def run(listener: socket.socket, load: Callable[[], ServedModel], *, capacity: int) -> None:

@@ -7,13 +7,15 @@ from collections.abc import AsyncIterator, Coroutine
 from typing import TypeVar
 
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cast_serve.server.errors import APIError
 from cast_serve.server.job import Job
 from cast_serve.server.sse import DONE
 
 CLIENT_CLOSED_REQUEST = 499  # nginx's status for "the client went away"; nobody receives it
+
+_SHUTTING_DOWN = "the server is shutting down"
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -43,8 +45,8 @@ async def _disconnected(receive: Receive) -> None:
 class EventStream(Response):
     """Sends `events` as they come, while the client is there, and leaves `job` at the end.
 
-    starlette's StreamingResponse would do, but costs more per chunk and lets a suspended generator linger after a
-    disconnect.
+    Unlike starlette's StreamingResponse it cancels the job at once when the client goes, and a failure under way
+    becomes an error event instead of a broken connection.
     """
 
     media_type = "text/event-stream"
@@ -65,18 +67,40 @@ class EventStream(Response):
         try:
             async for event in self._events:
                 await send({"type": "http.response.body", "body": event, "more_body": True})
-        except Exception as error:
+        except (Exception, asyncio.CancelledError) as error:
             # The status line is out: all that is left is an error event, as OpenAI's API sends it.
-            failure = (
-                error if isinstance(error, APIError) else APIError("the server failed on this request", status=500)
-            )
-            if failure is not error:
-                logger.exception("a stream failed")
-            await send(
-                {
-                    "type": "http.response.body",
-                    "body": f"data: {json.dumps(failure.body())}\n\n".encode(),
-                    "more_body": True,
-                }
-            )
+            event = f"data: {json.dumps(_as_api_error(error).body())}\n\n".encode()
+            await send({"type": "http.response.body", "body": event, "more_body": True})
         await send({"type": "http.response.body", "body": DONE, "more_body": False})
+
+
+def _as_api_error(error: BaseException) -> APIError:
+    if isinstance(error, APIError):
+        return error
+    if isinstance(error, asyncio.CancelledError):  # or the client has gone, and nobody reads this
+        return APIError(_SHUTTING_DOWN, code="shutting_down", status=503)
+    logger.error("a stream failed", exc_info=error)
+    return APIError("the server failed on this request; its log says why", status=500)
+
+
+class EndOnShutdown:
+    """ASGI middleware: what still runs when the server stops draining is cancelled, and gets an answer for goodbye."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started = False
+
+        async def note_start(message: Message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, note_start)
+        except asyncio.CancelledError:
+            if scope["type"] != "http":
+                raise
+            if not started:
+                await APIError(_SHUTTING_DOWN, code="shutting_down", status=503).response()(scope, receive, send)

@@ -32,7 +32,6 @@ class Tokenizer:
             raise InputError(f"cannot read the tokenizer {path}: {error}") from None
         self._raw.no_truncation()
         self._raw.no_padding()
-        self.vocab_size: int = self._raw.get_vocab_size(with_added_tokens=True)
         self._special = {token_id for token_id, token in self._raw.get_added_tokens_decoder().items() if token.special}
         self._to_bytes = _bytes_of_tokens(self._raw, path)
         self._known: dict[int, bytes] = {}

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 import uvicorn
 
 from cast_serve.server.app import create_app
+from cast_serve.server.listen import bind
 from cast_serve.server.model import ServedModel
-from cast_serve.server.run import bind
 
 
 @contextlib.contextmanager

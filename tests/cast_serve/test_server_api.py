@@ -26,6 +26,7 @@ TEMPLATE = """{% for m in messages %}
 {%- endfor %}assistant:"""
 REPLY = "Hello 🙂 world, the lazy dog"
 EOS = 2
+VOCABULARY = 321
 
 
 class Served:
@@ -34,7 +35,7 @@ class Served:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
         self.reply = REPLY
-        self.engine = FakeEngine(self._script, vocab_size=tokenizer.vocab_size)
+        self.engine = FakeEngine(self._script, vocab_size=VOCABULARY)
         self.url = ""
 
     def _script(self, prompt_ids: list[int], params: SamplingParams) -> Iterable[int]:
