@@ -38,6 +38,7 @@ def train(
     save_steps: Annotated[int | None, typer.Option(help="Steps between two checkpoints.")] = None,
     log_steps: Annotated[int | None, typer.Option(help="Steps between two log lines.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
     force: Annotated[
         bool, typer.Option("--force", help="Train even if decay cannot bring masked weights to zero.")
     ] = False,
@@ -81,7 +82,7 @@ def train(
     if method != "cast":
         prune_directory(source, data, out, method, config)
         return
-    train_model(source, data, out, config, resume=resume, force=force)
+    train_model(source, data, out, config, resume=resume, force=force, overwrite=overwrite)
 
 
 def evaluate(

@@ -16,6 +16,7 @@ class Health(TrainerCallback):
     Args:
         path: metrics.jsonl; lines of steps that a resumed run does again are dropped.
         batch_tokens: tokens per step.
+        console: where lines go.
     """
 
     def __init__(self, path: Path, batch_tokens: int, console: Console) -> None:
@@ -31,6 +32,7 @@ class Health(TrainerCallback):
         if state.is_world_process_zero:
             kept = [line for line in read_metrics(self._path) if line["step"] <= state.global_step]
             self._path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            self._seconds_before = kept[-1]["seconds"] if kept else 0.0
 
     def on_log(
         self,
@@ -53,6 +55,7 @@ class Health(TrainerCallback):
             "lr": logs["learning_rate"],
             "grad_norm": logs["grad_norm"],
             "tokens_per_s": speed,
+            "seconds": self._seconds_before + elapsed,
         }
         with self._path.open("a") as file:
             file.write(json.dumps(line) + "\n")
@@ -62,8 +65,6 @@ class Health(TrainerCallback):
             f"masked {line['masked']:.2e}  kept {line['kept']:.2e}  flips {line['mask_flips']:.0f}",
             f"lr {line['lr']:.1e}  {speed:.0f} tokens/s  {timedelta(seconds=round(left))} left",
             sep="  ",
-            highlight=False,
-            soft_wrap=True,
         )
 
 

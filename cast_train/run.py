@@ -16,8 +16,9 @@ class Run:
     """A run's directory: run.json (identity and measured facts), metrics.jsonl and the checkpoints.
 
     Attributes:
-        directory: where they lie.
-        facts: what was measured at the start and must be the same after a resume.
+        directory: where they lie; does not exist before `begin`.
+        identity: what must be the same after a resume.
+        facts: what was measured at the start, and is not measured again; empty before `begin`.
     """
 
     directory: Path
@@ -25,41 +26,39 @@ class Run:
     facts: dict[str, Any]
 
     @classmethod
-    def open(cls, directory: Path, identity: dict[str, Any], *, resume: bool) -> "Run":
-        """Begin a run, or continue the one in `directory`.
+    def find(cls, directory: Path, identity: dict[str, Any], *, resume: bool) -> "Run":
+        """Return the unfinished run in `directory`, or a new one that has not begun.
 
         Raises:
             InputError: a run is there already and `resume` is off, or it is another one (every difference is named).
         """
-        path = directory / "run.json"
         identity = json.loads(json.dumps(identity))  # as it will be read back
+        path = directory / "run.json"
         if not path.is_file():
-            directory.mkdir(parents=True, exist_ok=True)
-            run = cls(directory, identity, {})
-            run._write()
-            return run
-        saved = json.loads(path.read_text())
+            return cls(directory, identity, {})
         if not resume:
             raise InputError(f"{directory} holds an unfinished run: continue it with --resume, or remove it")
+        saved = json.loads(path.read_text())
         differences = [
             f"{name} was {before}, is {now}"
             for name, before, now in _differences(saved["identity"], identity)
             if name not in _FREE
         ]
         if differences:
-            raise InputError(f"cannot resume {directory}, this is another run: {'; '.join(differences)}")
+            raise InputError(
+                f"cannot resume {directory}, it is another run ({'; '.join(differences)}): give the same settings, or "
+                "remove it to start over"
+            )
         return cls(directory, identity, saved["facts"])
 
     @property
     def metrics(self) -> Path:
         return self.directory / "metrics.jsonl"
 
-    def record(self, **facts: Any) -> None:
-        """Add to the facts, on disk too."""
-        self.facts.update(json.loads(json.dumps(facts)))
-        self._write()
-
-    def _write(self) -> None:
+    def begin(self, **facts: Any) -> None:
+        """Write the run down, with the facts."""
+        self.facts = json.loads(json.dumps(facts))
+        self.directory.mkdir(parents=True, exist_ok=True)
         partial = self.directory / "run.json.partial"
         partial.write_text(json.dumps({"identity": self.identity, "facts": self.facts}, indent=1) + "\n")
         partial.rename(self.directory / "run.json")

@@ -45,6 +45,11 @@ class CastTrainer(Trainer):
         if teacher is not None and config.eta > 0:
             teacher.requires_grad_(False).eval()
             self.teacher = teacher.to(self.args.device).to(torch.bfloat16 if self.bf16 else torch.float32)  # type: ignore[arg-type]
+        if self.bf16 and self.args.device.type == "cpu" and config.block_length <= 1024:
+            # torch's fused attention costs 7 % of a step more than the plain one here (SmolLM2-135M, 2 x 256 tokens)
+            for each in (model, self.teacher):
+                if each is not None:
+                    each.set_attn_implementation("eager")
         self.model_accepts_loss_kwargs = False  # the loss is a mean, so Trainer divides by the accumulation steps
         self._sums: dict[str, Tensor] = {}
         self._summed = 0
@@ -204,6 +209,7 @@ def training_arguments(config: CastConfig, directory: Path, *, use_cpu: bool = F
         seed=config.seed,
         remove_unused_columns=False,
         disable_tqdm=True,
+        dataloader_pin_memory=torch.cuda.is_available() and not use_cpu,
         report_to="none",
         include_num_input_tokens_seen="no",
     )

@@ -1,10 +1,8 @@
 """`cast train`: a dense Hugging Face model in, an exact 2:4 one out."""
 
-import contextlib
 import json
 import math
 import shutil
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,18 +10,20 @@ from typing import Any
 import torch
 import transformers
 from rich.console import Console
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer
 
-from cast_train.budget import DecayBudget, decay_budget
+from cast_train.budget import decay_budget
 from cast_train.config import CastConfig
 from cast_train.dataset import TokenBlocks, load_tokens
-from cast_train.health import Health
+from cast_train.health import Health, read_metrics
 from cast_train.mask import nm_mask
 from cast_train.oneshot import prune
 from cast_train.oneshot.calibration import calibration_samples
+from cast_train.plot import plot_metrics
 from cast_train.run import Run, source_hash
 from cast_train.sparse_model import finalize, is_transposed, scope, sparsify
 from cast_train.trainer import CastTrainer, last_checkpoint, training_arguments
+from conversion.atomic import new_directory
 from conversion.checkpoint import Checkpoint
 from conversion.dense_model import dense_model
 from conversion.errors import InputError
@@ -40,8 +40,8 @@ def train(
     *,
     resume: bool = False,
     force: bool = False,
+    overwrite: bool = False,
     cache_dir: Path | None = None,
-    console: Console | None = None,
 ) -> dict[str, Any]:
     """Train `source` to 2:4 with CAST and save it to `out`; return what training.json says.
 
@@ -50,95 +50,99 @@ def train(
     Args:
         source: directory or hub id of a dense causal LM with safetensors weights.
         data: see `cast_train.dataset.load_tokens`.
-        out: directory to make; must not exist.
+        out: directory to make.
         config: method and budget.
-        resume: continue a run that was interrupted (from its start if it has no checkpoint yet).
+        resume: continue a run that was interrupted, if there is one.
         force: train although the decay budget is hopeless.
+        overwrite: replace `out` if it exists, when the new one is complete.
         cache_dir: where tokenized text is cached.
 
     Raises:
         InputError: anything given is wrong, or the loss is no longer finite.
     """
-    console = console or Console()
+    console = Console(highlight=False, soft_wrap=True)
     out = Path(out)
-    if out.exists():
-        raise InputError(f"{out} exists already: choose another directory or remove it")
+    if out.exists() and not overwrite:
+        raise InputError(f"{out} already exists: choose another output directory or pass --overwrite")
 
     # Load
     directory = local_model(source)
-    tokenizer = AutoTokenizer.from_pretrained(directory)
     dense = Checkpoint(directory)
-    student = dense_model(dense, torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(directory)
     tokens = load_tokens(data, tokenizer, cache_dir)
     blocks = TokenBlocks(tokens, config.block_length, config.total_steps * config.blocks_per_step, config.seed)
-    console.print(
-        f"{config.total_steps} steps of {config.batch_tokens} tokens, {len(tokens.tokens)} tokens of text",
-        highlight=False,
-    )
-    run = Run.open(
-        out.with_name(out.name + ".run"),
-        {"config": config.model_dump(), "data": tokens.fingerprint, "source": source_hash(directory)},
-        resume=resume,
-    )
+    identity = {"config": config.model_dump(), "data": tokens.fingerprint, "source": source_hash(directory)}
+    run = Run.find(out.with_name(out.name + ".run"), identity, resume=resume)
     checkpoint = last_checkpoint(run.directory)
+    student = dense_model(dense, torch.float32)
+    teacher = dense_model(dense, torch.float32) if config.eta > 0 else None
+    console.print(
+        f"{config.total_steps} steps of {config.batch_tokens} tokens from a text of {len(tokens.tokens)} tokens"
+    )
 
     # Start from the dense weights, or from one-shot pruned ones
-    teacher = dense_model(dense, torch.float32) if config.eta > 0 else None
     if config.warm_start != "none" and checkpoint is None:
         calibration = calibration_samples(tokens, config) if config.warm_start != "magnitude" else None
         prune(student, config.warm_start, calibration, shrink=config.shrink)
     student = sparsify(student, config)
-
-    # Measure, and refuse what cannot succeed
-    args = training_arguments(config, run.directory)
-    if "decay" not in run.facts:
-        trial = CastTrainer(student, config, teacher, args=args)
-        momentum = measure_momentum(trial, blocks)
-        decay = config.decay_ratio * momentum if config.decay == "auto" else config.decay
-        budget = decay_budget(student, config.model_copy(update={"decay": decay}), momentum)
-        run.record(decay=decay, momentum=momentum, budget=budget.as_dict())
-    budget = DecayBudget(**run.facts["budget"])
-    config = config.model_copy(update={"decay": run.facts["decay"]})
-    console.print(
-        f"decay {config.decay:.3g}, momentum on masked weights {run.facts['momentum']:.3g}\n{budget}", highlight=False
-    )
-    if not force:
-        budget.check()
-
-    # Train
+    transformers.utils.logging.disable_progress_bar()  # of checkpoints
     trainer = CastTrainer(
         student,
         config,
         teacher,
-        args=args,
+        args=training_arguments(config, run.directory),
         train_dataset=blocks,
         callbacks=[Health(run.metrics, config.batch_tokens, console)],
     )
     trainer.remove_callback(transformers.PrinterCallback)
-    start = time.monotonic()
+
+    # Measure, and refuse what cannot succeed
+    if not run.facts:
+        momentum = measure_momentum(trainer, blocks)
+        decay = config.decay_ratio * momentum if config.decay == "auto" else config.decay
+        budget = decay_budget(student, config.model_copy(update={"decay": decay}), momentum)
+        console.print(f"decay {decay:.3g}, momentum on masked weights {momentum:.3g} (root mean square)")
+        console.print(str(budget))
+        if not force:
+            budget.check()
+        run.begin(decay=decay, momentum=momentum, budget=budget.as_dict())
+    trainer.config = config.model_copy(update={"decay": run.facts["decay"]})
+
+    # Train
+    if checkpoint is not None:
+        console.print(f"continuing from {checkpoint}")
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    seconds = time.monotonic() - start
 
     # Cut, and see what it costs
     before = report_loss(trainer, blocks)
     finalize(student)
     after = report_loss(trainer, blocks)
-    console.print(f"cross entropy {before['ce']:.4f} before the cut, {after['ce']:.4f} after", highlight=False)
+    console.print(f"cross entropy on training text {before['ce']:.4f} before the cut, {after['ce']:.4f} after")
 
     # Save
+    metrics = read_metrics(run.metrics)
     summary = {
         "source": str(source),
         "data": list(data),
-        "config": config.model_dump(),
-        "tokens": config.total_steps * config.batch_tokens,
-        "seconds_since_start_or_resume": round(seconds, 1),
-        "decay_budget": budget.as_dict(),
+        "text_tokens": len(tokens.tokens),
+        "trained_tokens": config.total_steps * config.batch_tokens,
+        "seconds": metrics[-1]["seconds"],
+        **run.facts,
         "before_cut": before,
         "after_cut": after,
+        **identity,
     }
     if trainer.is_world_process_zero():
-        _save(student, tokenizer, directory, out, run, summary)
-        console.print(f"saved {out}", highlight=False)
+        with new_directory(out, overwrite) as building:
+            student.save_pretrained(building)
+            tokenizer.save_pretrained(building)
+            if (directory / "generation_config.json").exists():
+                shutil.copy(directory / "generation_config.json", building)
+            shutil.copy(run.metrics, building)
+            plot_metrics(metrics, building / "training.png", f"CAST training of {directory.name}")
+            (building / "training.json").write_text(json.dumps(summary, indent=1) + "\n")
+        shutil.rmtree(run.directory)
+        console.print(f"saved {out}")
     return summary
 
 
@@ -185,16 +189,3 @@ def report_loss(trainer: CastTrainer, blocks: TokenBlocks) -> dict[str, float]:
         for name in sums:
             sums[name] += getattr(losses, name).item()
     return {name: total / count for name, total in sums.items()}
-
-
-def _save(model: PreTrainedModel, tokenizer: Any, source: Path, out: Path, run: Run, summary: dict[str, Any]) -> None:
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    with contextlib.suppress(FileNotFoundError):
-        shutil.copy(source / "generation_config.json", partial)
-    shutil.copy(run.metrics, partial)
-    (partial / "training.json").write_text(json.dumps(summary, indent=1) + "\n")
-    partial.rename(out)
-    shutil.rmtree(run.directory)
