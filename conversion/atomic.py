@@ -11,13 +11,16 @@ from conversion.errors import InputError
 
 
 @contextmanager
-def new_directory(target: Path, overwrite: bool = False) -> Iterator[Path]:
+def new_directory(target: Path, overwrite: bool = False, source: Path | None = None) -> Iterator[Path]:
     """Yield a directory beside `target` that takes its name if the body succeeds and is deleted if it does not.
 
     Raises:
-        InputError: `target` exists and `overwrite` is false; with `overwrite` the old one is replaced at the very end.
+        InputError: `target` exists and `overwrite` is false; with `overwrite` the old one is replaced at the very end,
+            unless that would delete `source`.
     """
     target = target.absolute()
+    if source is not None and source.resolve().is_relative_to(target.resolve()):
+        raise InputError(f"writing {target} would replace its source {source}: choose another output directory")
     if target.exists() and not overwrite:
         raise InputError(f"{target} already exists: choose another output directory or pass --overwrite")
     if target.exists() and not target.is_dir():

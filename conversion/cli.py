@@ -35,8 +35,7 @@ def convert(
 ) -> None:
     """Convert a model: 2:4 weights into the packed checkpoint, or any supported model into an ONNX directory.
 
-    Packs only what is exactly 2:4 and names the first tensor, row and group that is not. OUT appears complete or not at
-    all.
+    Packs only what is exactly 2:4; the first tensor, row and group that is not is named. OUT appears whole or not.
 
     Example: cast convert my-2of4-model my-packed-model --verify
     """

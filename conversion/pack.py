@@ -46,7 +46,7 @@ def save_packed(
     weight_map: dict[str, str] = {}
     packed_bytes = 0
     with (
-        new_directory(Path(out_dir), overwrite) as building,
+        new_directory(Path(out_dir), overwrite, source.directory) as building,
         byte_progress("packing", total_bytes, show_progress) as advance,
     ):
         for shard, infos in source.shards.by_shard():

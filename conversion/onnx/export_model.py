@@ -60,7 +60,7 @@ def export(
     source = open_checkpoint(source_dir)
     sparse = isinstance(source, PackedCheckpoint) or source.first_violation() is None
     dtype = _value_dtype(source, sparse, value_dtype)
-    with new_directory(Path(out_dir), overwrite) as building:
+    with new_directory(Path(out_dir), overwrite, source.directory) as building:
         model = dense_model(source)
         graph = stock_graph(model)
         use_paged_attention(graph, model.config)

@@ -248,6 +248,13 @@ def test_an_existing_output_is_kept_unless_told_otherwise(source, tmp_path):
     verify(tmp_path / "out", source)
 
 
+def test_the_source_is_never_overwritten(copy, tmp_path):
+    for out in (copy, tmp_path):
+        with pytest.raises(InputError, match="would replace its source"):
+            save_packed(copy, out, overwrite=True)
+    assert len(open_checkpoint(copy).scope) == 14
+
+
 def test_a_failed_overwrite_keeps_the_old_output(copy, tmp_path):
     edit(copy, f"{LAYER}.weight", torch.ones_like)
     (tmp_path / "out").mkdir()
