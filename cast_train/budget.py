@@ -118,6 +118,7 @@ def _distance(config: CastConfig, steps: int, momentum: float | None) -> float:
         if config.decay == "auto":
             raise InputError("the decay must be measured before its budget is")
         pull = ramp * config.decay
-        v = beta2 * v + (1 - beta2) * (((1 - ramp) * momentum) ** 2 + pull**2)
+        noise = ((1 - ramp) * momentum) ** 2 * (1 - beta1 ** (2 * (t + 1)))  # the momentum starts at zero
+        v = beta2 * v + (1 - beta2) * (noise + pull**2)
         distance += lr * (pull / (1 - beta1 ** (t + 1))) / (math.sqrt(v / (1 - beta2 ** (t + 1))) + config.eps)
     return distance
