@@ -1,7 +1,7 @@
-"""Builds the native parts: libcast24.so (kernels and ONNX Runtime ops) always, the torch extension where torch is installed.
+"""Builds the native parts: libcast24.so always, the torch extension where torch is installed.
 
-Everything else about the package is in pyproject.toml. Objects are kept in build/cast24, so a rebuild compiles only what
-changed.
+Everything else about the package is in pyproject.toml. Objects are kept in build/cast24, so that a rebuild
+compiles only what changed.
 """
 
 import os
@@ -20,12 +20,11 @@ CSRC = Path("cast_serve/kernels/csrc")
 OBJECTS = Path("build/cast24")
 
 # No -march: the library must run on any CPU, so only the files that are chosen at run time get their instruction set.
-# GCC 12's AVX-512 headers warn about their own undefined registers.
 FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wno-psabi"]
+AVX512_WARNINGS = ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]  # in GCC 12's own header
 FILE_FLAGS = {
     "avx2.cpp": ["-mavx2", "-mfma"],
-    "avx512.cpp": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"]
-    + ["-Wno-uninitialized", "-Wno-maybe-uninitialized"],
+    "avx512.cpp": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", *AVX512_WARNINGS],
     "paged_attention.cpp": ["-ffp-contract=fast"],  # written in the compiler's vectors, which have no fma of their own
 }
 X86 = os.uname().machine in ("x86_64", "amd64")
@@ -49,9 +48,7 @@ def compile_sources(sources: list[Path], flags: list[str]) -> list[str]:
         if not target.exists() or target.stat().st_mtime < max(source.stat().st_mtime, newest_header):
             target.parent.mkdir(parents=True, exist_ok=True)
             file_flags = FILE_FLAGS.get(source.name, []) if X86 else []
-            subprocess.run(
-                [*compiler(), *FLAGS, *flags, *file_flags, "-c", str(source), "-o", str(target)], check=True
-            )
+            subprocess.run([*compiler(), *FLAGS, *flags, *file_flags, "-c", str(source), "-o", str(target)], check=True)
         return str(target)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:

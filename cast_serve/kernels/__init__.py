@@ -1,7 +1,7 @@
 """2:4 sparse and dense linear layers on the CPU, for ONNX Runtime and for torch.
 
-`torch.ops.cast24.linear` and `torch.ops.cast24.linear_packed` are registered by importing this package after torch, or by
-importing `cast_serve.kernels.torch_ops`, which imports torch itself. Without torch in the process this package never
+`torch.ops.cast24.linear` and `torch.ops.cast24.linear_packed` are registered by importing this package after torch, or
+by importing `cast_serve.kernels.torch_ops`, which imports torch itself. Without torch in the process this package never
 imports it: serving on ONNX Runtime needs only `library_path`.
 """
 

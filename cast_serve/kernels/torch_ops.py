@@ -3,10 +3,10 @@
     y = torch.ops.cast24.linear(x, values, bitmask, scale=None, bias=None)
     y = torch.ops.cast24.linear_packed(x, panel_values, panel_indices, out_features, bias=None)
 
-x is [..., K], float32 or bfloat16, any strides; y is [..., N] of x's dtype; sums are float32. `linear` takes the portable
-tensors and packs them anew at every call: slow, for tests and for tools. `linear_packed` is the one to serve with. Both
-work under torch.compile and with fake tensors. They are not differentiable: no gradient flows to x (torch warns when a
-backward pass reaches them). Wrong shapes and dtypes raise RuntimeError.
+x is [..., K], float32 or bfloat16, any strides; y is [..., N] of x's dtype; sums are float32. `linear` takes the
+portable tensors and packs them anew at every call: slow, for tests and for tools. `linear_packed` is the one to serve
+with. Both work under torch.compile and with fake tensors. They are not differentiable: no gradient flows to x (torch
+warns when a backward pass reaches them). Wrong shapes and dtypes raise RuntimeError.
 """
 
 from pathlib import Path
@@ -53,9 +53,7 @@ def prepack(
     panel_values = values.new_empty((panels, groups, PANEL_ROWS, 2) if bf16 else (panels, groups, 2, PANEL_ROWS))
     panel_indices = torch.empty((panels, -(-groups // 8), PANEL_ROWS), dtype=torch.uint32)
     pack = library().cast24_prepack_bf16 if bf16 else library().cast24_prepack_f32
-    bad = pack(
-        values.data_ptr(), bitmask.data_ptr(), rows, columns, panel_values.data_ptr(), panel_indices.data_ptr()
-    )
+    bad = pack(values.data_ptr(), bitmask.data_ptr(), rows, columns, panel_values.data_ptr(), panel_indices.data_ptr())
     if bad >= 0:
         raise InputError(
             f"prepack: the bitmask does not keep exactly two in row {bad // groups}, group {bad % groups}: "

@@ -11,6 +11,8 @@ struct Avx2 {
   using Vec = __m256;
   using Words = __m256i;
   static constexpr int W = 8;
+  static constexpr int kTableGroups = 1;
+  static constexpr int kSums = 1;
   static constexpr int kTileRows = 4;
   static constexpr int kDenseTileRows = 2;
 
@@ -40,8 +42,10 @@ struct Avx2 {
 
   static Vec broadcast4(const float* p) { return _mm256_broadcast_ps(reinterpret_cast<const __m128*>(p)); }
   static Words words(const uint32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
-  static Words shift(Words w, int n) { return _mm256_srli_epi32(w, n); }
-  static Vec pick(Vec four, Words w) { return _mm256_permutevar_ps(four, w); }
+  static Vec table(const float* p) { return broadcast4(p); }
+  static Words fields(Words w, int shift) { return _mm256_srli_epi32(w, shift); }
+  static Words field(Words fields, int byte) { return _mm256_srli_epi32(fields, 8 * byte); }
+  static Vec pick(Vec table, Words columns) { return _mm256_permutevar_ps(table, columns); }
   static Vec low(Words w) { return _mm256_castsi256_ps(_mm256_slli_epi32(w, 16)); }
   static Vec high(Words w) { return _mm256_castsi256_ps(_mm256_and_si256(w, _mm256_set1_epi32(-65536))); }
 };

@@ -6,14 +6,14 @@
 namespace cast24 {
 
 constexpr int kPanelRows = 16;
-constexpr int kTilePanels = 2;                         // panels that one tile call works on: they share activations
-constexpr int kTileWidth = kTilePanels * kPanelRows;   // outputs per tile row
-constexpr int kDenseRows = 4;                          // weight rows that one dense call works on
+constexpr int kTilePanels = 4;                        // most panels that one tile call works on: they share activations
+constexpr int kTileWidth = kTilePanels * kPanelRows;  // outputs per tile row
+constexpr int kDenseRows = 4;                         // weight rows that one dense call works on
 
 struct Isa {
   const char* name;
 
-  // tile [rows, kTileWidth] += x W^T for 1 or 2 adjacent panels; `values` and `indices` point at the first one.
+  // tile [rows, kTileWidth] += x W^T for `panels` adjacent panels; `values` and `indices` point at the first one.
   void (*tile_f32)(const float* x, int64_t rows, int64_t K, const float* values, const uint32_t* indices, int panels,
                    float* tile);
   void (*tile_bf16)(const float* x, int64_t rows, int64_t K, const uint16_t* values, const uint32_t* indices, int panels,

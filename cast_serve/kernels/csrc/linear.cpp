@@ -1,6 +1,7 @@
 // 2:4 linear: cuts the output into tiles for the threads.
 #include <stdint.h>
 
+#include <algorithm>
 #include <atomic>
 #include <memory>
 
@@ -17,13 +18,14 @@ constexpr int64_t kTileRows = 64;  // most rows of x in a tile: its sums stay in
 inline auto tile_of(const Isa& isa, const float*) { return isa.tile_f32; }
 inline auto tile_of(const Isa& isa, const uint16_t*) { return isa.tile_bf16; }
 
-// y[row : row + rows, first : first + outputs] from `panels` adjacent panels.
+// y[row : row + rows, first : ] from `panels` adjacent panels.
 template <class T>
 void linear_tile(const Isa& isa, const float* x, const T* values, const uint32_t* indices, int panels, const float* bias,
-                 float* y, int64_t row, int64_t rows, int64_t first, int64_t outputs, int64_t N, int64_t K) {
+                 float* y, int64_t row, int64_t rows, int64_t first, int64_t N, int64_t K) {
   alignas(64) float tile[kTileRows * kTileWidth];
+  const int64_t width = panels * kPanelRows, outputs = std::min(N - first, width);
   for (int64_t m = 0; m < rows; ++m)
-    for (int n = 0; n < kTileWidth; ++n) tile[m * kTileWidth + n] = bias && n < outputs ? bias[first + n] : 0.0f;
+    for (int64_t n = 0; n < width; ++n) tile[m * kTileWidth + n] = bias && n < outputs ? bias[first + n] : 0.0f;
   tile_of(isa, values)(x + row * K, rows, K, values, indices, panels, tile);
   for (int64_t m = 0; m < rows; ++m)
     for (int64_t n = 0; n < outputs; ++n) y[(row + m) * N + first + n] = tile[m * kTileWidth + n];
@@ -35,13 +37,15 @@ void linear(const float* x, const T* values, const uint32_t* indices, const floa
   const Isa& isa = cast24::isa();
   const int64_t panels = (N + kPanelRows - 1) / kPanelRows;
   const int64_t panel_values = K / 2 * kPanelRows, panel_indices = (K / 4 + 7) / 8 * kPanelRows;
-  const int64_t tiles = (panels + kTilePanels - 1) / kTilePanels, chunks = (M + kTileRows - 1) / kTileRows;
+  // With few rows of x a panel is read straight through, with many several panels share x from the caches.
+  const int64_t tile_panels = M > kTileRows ? kTilePanels : 1;
+  const int64_t tiles = (panels + tile_panels - 1) / tile_panels, chunks = (M + kTileRows - 1) / kTileRows;
   parallel_for(run, pool, tiles * chunks, M * N * (K / 2), [&](int64_t begin, int64_t end) {
     for (int64_t unit = begin; unit < end; ++unit) {
-      const int64_t panel = unit / chunks * kTilePanels, row = unit % chunks * kTileRows, first = panel * kPanelRows;
+      const int64_t panel = unit / chunks * tile_panels, row = unit % chunks * kTileRows;
       linear_tile(isa, x, values + panel * panel_values, indices + panel * panel_indices,
-                  static_cast<int>(panels - panel < kTilePanels ? panels - panel : kTilePanels), bias, y, row,
-                  M - row < kTileRows ? M - row : kTileRows, first, N - first < kTileWidth ? N - first : kTileWidth, N, K);
+                  static_cast<int>(std::min(panels - panel, tile_panels)), bias, y, row, std::min(M - row, kTileRows),
+                  panel * kPanelRows, N, K);
     }
   });
 }
@@ -65,8 +69,7 @@ int64_t linear_bitmask(const float* x, const T* values, const uint8_t* bitmask, 
         return;
       }
       for (int64_t row = 0; row < M; row += kTileRows)
-        linear_tile(isa, x, panel_values.get(), panel_indices.get(), 1, bias, y, row,
-                    M - row < kTileRows ? M - row : kTileRows, first, N - first < kPanelRows ? N - first : kPanelRows, N,
+        linear_tile(isa, x, panel_values.get(), panel_indices.get(), 1, bias, y, row, std::min(M - row, kTileRows), first, N,
                     K);
     }
   });

@@ -14,6 +14,8 @@ struct Portable {
   struct Words {
     uint32_t lane[W];
   };
+  static constexpr int kTableGroups = 1;
+  static constexpr int kSums = 1;
   static constexpr int kTileRows = 2;
   static constexpr int kDenseTileRows = 2;
 
@@ -65,13 +67,18 @@ struct Portable {
     memcpy(w.lane, p, sizeof w.lane);
     return w;
   }
-  static Words shift(Words w, int n) {
-    for (int i = 0; i < W; ++i) w.lane[i] >>= n;
+  static Vec table(const float* p) { return broadcast4(p); }
+  static Words fields(Words w, int shift) {
+    for (int i = 0; i < W; ++i) w.lane[i] >>= shift;
     return w;
   }
-  static Vec pick(const Vec& four, const Words& w) {
+  static Words field(Words fields, int byte) {
+    for (int i = 0; i < W; ++i) fields.lane[i] = fields.lane[i] >> 8 * byte & 3;
+    return fields;
+  }
+  static Vec pick(const Vec& table, const Words& columns) {
     Vec v;
-    for (int i = 0; i < W; ++i) v.lane[i] = four.lane[w.lane[i] & 3];
+    for (int i = 0; i < W; ++i) v.lane[i] = table.lane[columns.lane[i]];
     return v;
   }
   static Vec low(Words w) {

@@ -3,13 +3,19 @@
 // instruction set can be linked into another's path.
 //
 // A vector type S (see avx512.cpp) has W float lanes and
-//   zero() load(float*) store(float*, Vec) fma(a, b, c) sum(Vec)
+//   zero() load(float*) store(float*, Vec) add(a, b) fma(a, b, c) sum(Vec)
 //   load_bf16(uint16_t*)           W words widened
 //   load_f32_n / load_bf16_n(p, n) the first n < W elements, zeros behind them
-//   broadcast4(float*)             four floats repeated
-//   words(uint32_t*)               W index words; shift(words, n) moves them right by n bits
-//   pick(Vec four, words)          lane i becomes four[words[i] & 3]
+//   broadcast4(float*)             four floats repeated in every 128 bits
+//   table(float*)                  the inputs of kTableGroups adjacent groups, each in 128 bits of its own
+//   words(uint32_t*)               W index words
+//   fields(words, shift)           columns (words >> shift) & 3 of groups 0, 2, 4, 6 (shift 0, 2) or 1, 3, 5, 7 (shift 4, 6),
+//                                  one in each byte
+//   field(fields, byte)            that byte's columns brought to where pick wants them
+//   pick(Vec table, columns)       one input for each lane; a broadcast4 serves as the table of any group
 //   low(words) high(words)         the bf16 in the low and high half of each word, as float
+// and kSums, the sums that one output has for itself (slot s goes into sum s % kSums), kTileRows and kDenseTileRows, the rows
+// of x in one pass.
 #pragma once
 
 #include <stdint.h>
@@ -22,6 +28,7 @@ namespace {
 // Sums run over blocks of this many columns: an x block of a few rows and a weight block stay in the nearest caches.
 constexpr int64_t kBlockColumns = 512;
 constexpr int64_t kBlockGroups = kBlockColumns / 4;
+constexpr int64_t kPrefetchBytes = 8192;
 
 // One group's kept values, slot 0 and slot 1, for W rows of a panel starting at `lane`.
 template <class S>
@@ -37,59 +44,87 @@ inline void load_slots(const uint16_t* values, int64_t group, int lane, typename
   slot1 = S::high(words);
 }
 
-template <class S, class T, int Panels, int Rows>
+// Asks for one half of the values of groups g .. g + 7, and their index words, kPrefetchBytes of values ahead of their use.
+// Into the second-level cache: a panel is one stream that the hardware prefetcher follows too slowly and loses at every
+// page; into the first level, lines would drive out x.
+template <class T>
+inline void prefetch(const T* values, const uint32_t* indices, int64_t g, int half) {
+  constexpr int64_t kGroupValues = 2 * kPanelRows, kAhead = kPrefetchBytes / (kGroupValues * sizeof(T));
+  constexpr int kLines = 8 * kGroupValues * sizeof(T) / 64;
+  const char* ahead = reinterpret_cast<const char*>(values + (g + kAhead) * kGroupValues);
+  for (int line = half * kLines / 2; line < (half + 1) * kLines / 2; ++line) __builtin_prefetch(ahead + 64 * line, 0, 2);
+  if (half == 0) __builtin_prefetch(indices + (g + kAhead) / 8 * kPanelRows, 0, 2);
+}
+
+template <class S, class T, int Rows>
 struct Tile {
-  static constexpr int kVecsPerPanel = kPanelRows / S::W;
-  static constexpr int kVecs = Panels * kVecsPerPanel;
+  static constexpr int kVecs = kPanelRows / S::W;
   using Vec = typename S::Vec;
   using Words = typename S::Words;
+  using Sums = Vec[Rows][kVecs][S::kSums];
 
-  static inline __attribute__((always_inline)) void group(const float* x, int64_t K, const T* const (&values)[Panels],
-                                                          const Words (&columns)[kVecs], int shift, int64_t g,
-                                                          Vec (&sum)[Rows][kVecs]) {
-    Vec slot0[kVecs], slot1[kVecs];
-    Words column0[kVecs], column1[kVecs];
+  // sums += one group; field: which byte of `columns`; Whole: x can be read to the end of the group's table.
+  template <bool Whole>
+  static inline __attribute__((always_inline)) void group(const float* x, int64_t K, const T* values, int64_t g, int in_table,
+                                                          const Words (&columns)[2][kVecs], int field, Sums& sums) {
+    // The compiler must load each table anew: kept for the next group, tables would push the sums out of registers.
+    asm("" : "+r"(x));
+    Vec slots[2][kVecs];
+    Words column[2][kVecs];
     for (int v = 0; v < kVecs; ++v) {
-      load_slots<S>(values[v / kVecsPerPanel], g, v % kVecsPerPanel * S::W, slot0[v], slot1[v]);
-      column0[v] = S::shift(columns[v], shift);
-      column1[v] = S::shift(columns[v], shift + 2);
+      load_slots<S>(values, g, v * S::W, slots[0][v], slots[1][v]);
+      column[0][v] = S::field(columns[0][v], field);
+      column[1][v] = S::field(columns[1][v], field);
     }
     for (int m = 0; m < Rows; ++m) {
-      const Vec four = S::broadcast4(x + m * K + 4 * g);
-      for (int v = 0; v < kVecs; ++v) {
-        sum[m][v] = S::fma(slot0[v], S::pick(four, column0[v]), sum[m][v]);
-        sum[m][v] = S::fma(slot1[v], S::pick(four, column1[v]), sum[m][v]);
-      }
+      const float* inputs = x + m * K + 4 * g;
+      const Vec table = Whole ? S::table(inputs - 4 * in_table) : S::broadcast4(inputs);
+      for (int v = 0; v < kVecs; ++v)
+        for (int s = 0; s < 2; ++s) {
+          Vec& sum = sums[m][v][s % S::kSums];
+          sum = S::fma(slots[s][v], S::pick(table, column[s][v]), sum);
+        }
     }
   }
 
-  // tile[:Rows] += x W^T over groups begin <= g < end; begin is a multiple of 8.
+  // tile[:Rows, :16] += x W^T over groups begin <= g < end; begin is a multiple of 8.
   static void accumulate(const float* x, int64_t K, const T* values, const uint32_t* indices, int64_t begin, int64_t end,
                          float* tile) {
-    const int64_t groups = K / 4, words = (groups + 7) / 8;
-    const T* panel_values[Panels];
-    for (int p = 0; p < Panels; ++p) panel_values[p] = values + p * groups * 2 * kPanelRows;
-
-    Vec sum[Rows][kVecs];
+    Sums sums;
     for (int m = 0; m < Rows; ++m)
-      for (int v = 0; v < kVecs; ++v) sum[m][v] = S::zero();
+      for (int v = 0; v < kVecs; ++v)
+        for (int s = 0; s < S::kSums; ++s) sums[m][v][s] = S::zero();
 
     for (int64_t g = begin; g < end; g += 8) {
-      Words columns[kVecs];
-      for (int v = 0; v < kVecs; ++v)
-        columns[v] = S::words(indices + (v / kVecsPerPanel * words + g / 8) * kPanelRows + v % kVecsPerPanel * S::W);
-      if (g + 8 <= end) {
-#pragma GCC unroll 8
-        for (int j = 0; j < 8; ++j) group(x, K, panel_values, columns, 4 * j, g + j, sum);
-      } else {
-        for (int j = 0; g + j < end; ++j) group(x, K, panel_values, columns, 4 * j, g + j, sum);
+      // Even groups, then odd ones: masking a word once serves the four of them.
+#pragma GCC unroll 2
+      for (int odd = 0; odd < 2; ++odd) {
+        Words columns[2][kVecs];
+        for (int v = 0; v < kVecs; ++v) {
+          const Words words = S::words(indices + g / 8 * kPanelRows + v * S::W);
+          columns[0][v] = S::fields(words, 4 * odd);
+          columns[1][v] = S::fields(words, 4 * odd + 2);
+        }
+        if (g + 8 <= end) {
+          prefetch(values, indices, g, odd);
+#pragma GCC unroll 4
+          for (int field = 0; field < 4; ++field) {
+            const int j = 2 * field + odd;
+            group<true>(x, K, values, g + j, j % S::kTableGroups, columns, field, sums);
+          }
+        } else {
+          for (int field = 0; g + 2 * field + odd < end; ++field)
+            group<false>(x, K, values, g + 2 * field + odd, 0, columns, field, sums);
+        }
       }
     }
 
     for (int m = 0; m < Rows; ++m)
       for (int v = 0; v < kVecs; ++v) {
+        Vec sum = sums[m][v][0];
+        for (int s = 1; s < S::kSums; ++s) sum = S::add(sum, sums[m][v][s]);
         float* out = tile + m * kTileWidth + v * S::W;
-        S::store(out, S::add(S::load(out), sum[m][v]));
+        S::store(out, S::add(S::load(out), sum));
       }
   }
 };
@@ -103,7 +138,7 @@ inline void with_rows(int rows, F&& f) {
   f.template operator()<Max>();
 }
 
-template <class S, class T, int Panels>
+template <class S, class T>
 struct AccumulateRows {
   const float* x;
   int64_t K;
@@ -113,34 +148,27 @@ struct AccumulateRows {
   float* tile;
   template <int Rows>
   void operator()() const {
-    Tile<S, T, Panels, Rows>::accumulate(x, K, values, indices, begin, end, tile);
+    Tile<S, T, Rows>::accumulate(x, K, values, indices, begin, end, tile);
   }
 };
 
 // Blocks of columns outside, blocks of rows inside: weights come from memory once, whatever the number of rows, and each
 // output's sum has the same order in every row blocking.
-template <class S, class T, int Panels>
-inline void tile_panels(const float* x, int64_t rows, int64_t K, const T* values, const uint32_t* indices, float* tile) {
-  const int64_t groups = K / 4;
-  const int64_t blocks = (rows + S::kTileRows - 1) / S::kTileRows;
-  for (int64_t begin = 0; begin < groups; begin += kBlockGroups) {
-    const int64_t end = begin + kBlockGroups < groups ? begin + kBlockGroups : groups;
-    for (int64_t b = 0; b < blocks; ++b) {
-      const int64_t row = b * rows / blocks, row_end = (b + 1) * rows / blocks;
-      with_rows<S::kTileRows>(
-          static_cast<int>(row_end - row),
-          AccumulateRows<S, T, Panels>{x + row * K, K, values, indices, begin, end, tile + row * kTileWidth});
-    }
-  }
-}
-
 template <class S, class T>
 void tile(const float* x, int64_t rows, int64_t K, const T* values, const uint32_t* indices, int panels, float* tile) {
-  static_assert(kTilePanels == 2, "one case per number of panels");
-  if (panels == 2)
-    tile_panels<S, T, 2>(x, rows, K, values, indices, tile);
-  else
-    tile_panels<S, T, 1>(x, rows, K, values, indices, tile);
+  const int64_t groups = K / 4, words = (groups + 7) / 8;
+  const int64_t row_blocks = (rows + S::kTileRows - 1) / S::kTileRows;
+  for (int64_t begin = 0; begin < groups; begin += kBlockGroups) {
+    const int64_t end = begin + kBlockGroups < groups ? begin + kBlockGroups : groups;
+    for (int p = 0; p < panels; ++p)
+      for (int64_t b = 0; b < row_blocks; ++b) {
+        const int64_t row = b * rows / row_blocks, row_end = (b + 1) * rows / row_blocks;
+        with_rows<S::kTileRows>(static_cast<int>(row_end - row),
+                                AccumulateRows<S, T>{x + row * K, K, values + p * groups * 2 * kPanelRows,
+                                                     indices + p * words * kPanelRows, begin, end,
+                                                     tile + row * kTileWidth + p * kPanelRows});
+      }
+  }
 }
 
 template <class S>
