@@ -50,7 +50,8 @@ def _block(optimizer: torch.optim.Optimizer) -> float:
 
 def measure() -> dict[str, float]:
     sparse, dense = _parameters(0)
-    adams = AdamS([{"params": sparse, "sparse": True}, {"params": dense}], lr=1e-4, total_steps=1000)
+    groups: list[dict[str, object]] = [{"params": sparse, "sparse": True}, {"params": dense}]
+    adams = AdamS(groups, lr=1e-4, total_steps=1000)
     sparse, dense = _parameters(0)
     adamw = torch.optim.AdamW(sparse + dense, lr=1e-4, foreach=True)
     times: dict[str, list[float]] = {"adams": [], "adamw": []}

@@ -102,10 +102,10 @@ def pipeline(
 
     from benchmarks.load.measurements import BenchResult
     from benchmarks.pipeline.run import StageFailed, run_stages
-    from conversion.hub import local_model
     from benchmarks.pipeline.stages import Outputs, stages
     from benchmarks.report.quality import Quality
     from benchmarks.report.summary import summary_table
+    from conversion.hub import local_model
 
     _stop_on_sigterm()
     for text in (data, heldout):

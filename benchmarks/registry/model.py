@@ -17,7 +17,7 @@ def fetch_model(out: Path) -> None:
         model = AutoModelForCausalLM.from_pretrained(scratch, gguf_file=gguf.name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(scratch, gguf_file=gguf.name)
         # The weights are plain float32 now: keep the GGUF quantization out of the saved config.
-        model.hf_quantizer = None
+        model.hf_quantizer = None  # type: ignore[assignment]
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
         complete = scratch / "model"

@@ -103,7 +103,7 @@ def _gram_matrices(
     grams: dict[nn.Linear | Conv1D, torch.Tensor] = {}
     last: tuple[torch.Tensor, torch.Tensor] | None = None
 
-    def accumulate(module: nn.Module, args: tuple[Any, ...]) -> None:
+    def accumulate(module: nn.Linear | Conv1D, args: tuple[Any, ...]) -> None:
         nonlocal last
         if last is None or last[0] is not args[0]:
             x_TK = args[0].reshape(-1, args[0].shape[-1])

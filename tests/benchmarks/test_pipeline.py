@@ -8,9 +8,9 @@ import pytest
 from rich.console import Console
 
 from benchmarks.pipeline.run import StageFailed, run_stages
-from conversion.hub import local_model
 from benchmarks.pipeline.stages import Preset, Stage, stages
 from conversion.errors import InputError
+from conversion.hub import local_model
 
 # appends its name to a log, then copies its input to its output, or fails with the code it is given
 SCRIPT = """
