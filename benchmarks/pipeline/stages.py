@@ -94,7 +94,7 @@ def stages(source: Path, data: Path, heldout: Path, preset: Preset, out: Path) -
         ),
         Stage(
             "evaluate",
-            ("eval", *map(str, compared), "--data", f"{heldout}", "--json", f"{to.quality}"),
+            ("eval", *map(str, compared), "--data", f"{heldout}", "--tokens", "20480", "--json", f"{to.quality}"),
             inputs=(*compared, heldout),
             outputs=(to.quality,),
             minutes=4,
