@@ -47,9 +47,9 @@ def copies(bytes_each: int) -> range:
 
 def sparse_candidate(rows: int, columns: int, dtype: torch.dtype, x: list[torch.Tensor]) -> tuple[Candidate, int]:
     """Return the call and the weight bytes it reads."""
-    values, indices = prepack(*random_sparse(rows, columns, dtype))
-    weight_bytes = values.nbytes + indices.nbytes
-    weights = [(values.clone(), indices.clone()) for _ in copies(weight_bytes)]
+    portable = random_sparse(rows, columns, dtype)
+    weight_bytes = sum(tensor.nbytes for tensor in portable)
+    weights = [prepack(*portable) for _ in copies(weight_bytes)]
     linear = torch.ops.cast24.linear_packed.default
     return lambda i: linear(x[i % len(x)], *weights[i % len(weights)], rows), weight_bytes
 

@@ -9,6 +9,7 @@ with. Both work under torch.compile and with fake tensors. They are not differen
 warns when a backward pass reaches them). Wrong shapes and dtypes raise RuntimeError.
 """
 
+import math
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from cast_serve.kernels import library
 from conversion.errors import InputError
 
 PANEL_ROWS = 16
+HUGE_PAGE = 2 << 20
 
 
 def prepack(
@@ -50,8 +52,8 @@ def prepack(
     values, bitmask = values.contiguous(), bitmask.contiguous()
     panels, groups = -(-rows // PANEL_ROWS), columns // 4
     bf16 = values.dtype == torch.bfloat16
-    panel_values = values.new_empty((panels, groups, PANEL_ROWS, 2) if bf16 else (panels, groups, 2, PANEL_ROWS))
-    panel_indices = torch.empty((panels, -(-groups // 8), PANEL_ROWS), dtype=torch.uint32)
+    panel_values = _empty((panels, groups, PANEL_ROWS, 2) if bf16 else (panels, groups, 2, PANEL_ROWS), values.dtype)
+    panel_indices = _empty((panels, -(-groups // 8), PANEL_ROWS), torch.uint32)
     pack = library().cast24_prepack_bf16 if bf16 else library().cast24_prepack_f32
     bad = pack(values.data_ptr(), bitmask.data_ptr(), rows, columns, panel_values.data_ptr(), panel_indices.data_ptr())
     if bad >= 0:
@@ -60,6 +62,16 @@ def prepack(
             "the checkpoint is damaged, convert it again"
         )
     return panel_values, panel_indices
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """A tensor that starts on a huge page if it fills one: packing asks for huge pages wherever a whole one fits."""
+    size = math.prod(shape) * dtype.itemsize
+    if size < HUGE_PAGE:
+        return torch.empty(shape, dtype=dtype)
+    memory = torch.empty(size + HUGE_PAGE, dtype=torch.uint8)  # what is never written takes no memory
+    start = -memory.data_ptr() % HUGE_PAGE
+    return memory[start : start + size].view(dtype).view(shape)
 
 
 def _register() -> None:

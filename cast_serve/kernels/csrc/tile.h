@@ -28,7 +28,7 @@ namespace {
 // Sums run over blocks of this many columns: an x block of a few rows and a weight block stay in the nearest caches.
 constexpr int64_t kBlockColumns = 512;
 constexpr int64_t kBlockGroups = kBlockColumns / 4;
-constexpr int64_t kPrefetchBytes = 8192;
+constexpr int64_t kPrefetchBytes = 4096;
 
 // One group's kept values, slot 0 and slot 1, for W rows of a panel starting at `lane`.
 template <class S>
