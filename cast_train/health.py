@@ -34,6 +34,10 @@ class Health(TrainerCallback):
             self._path.write_text("".join(json.dumps(line) + "\n" for line in kept))
             self._seconds_before = kept[-1]["seconds"] if kept else 0.0
 
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.global_step == state.max_steps:
+            control.should_log = True
+
     def on_log(
         self,
         args: TrainingArguments,

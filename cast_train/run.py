@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,7 @@ class Run:
         """Write the run down, with the facts."""
         self.facts = json.loads(json.dumps(facts))
         self.directory.mkdir(parents=True, exist_ok=True)
-        partial = self.directory / "run.json.partial"
+        partial = self.directory / f"run.json.{os.getpid()}"  # every process of a distributed run writes it
         partial.write_text(json.dumps({"identity": self.identity, "facts": self.facts}, indent=1) + "\n")
         partial.rename(self.directory / "run.json")
 

@@ -182,12 +182,15 @@ def uses_bf16(config: CastConfig, device: torch.device) -> bool:
     return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-def training_arguments(config: CastConfig, directory: Path, *, use_cpu: bool = False) -> TrainingArguments:
+def training_arguments(config: CastConfig, directory: Path) -> TrainingArguments:
     """Translate the config for transformers.Trainer; checkpoints go to `directory`.
+
+    Runs on the accelerator if there is one; under torchrun or `accelerate launch`, on all of them.
 
     Raises:
         InputError: a step's blocks cannot be split evenly over devices and micro-batches.
     """
+    use_cpu = not torch.accelerator.is_available()
     args = TrainingArguments(output_dir=str(directory), use_cpu=use_cpu)
     blocks, remainder = divmod(config.blocks_per_step, args.world_size)
     if remainder:
@@ -209,7 +212,7 @@ def training_arguments(config: CastConfig, directory: Path, *, use_cpu: bool = F
         seed=config.seed,
         remove_unused_columns=False,
         disable_tqdm=True,
-        dataloader_pin_memory=torch.cuda.is_available() and not use_cpu,
+        dataloader_pin_memory=not use_cpu,
         report_to="none",
         include_num_input_tokens_seen="no",
     )
@@ -222,5 +225,5 @@ def last_checkpoint(directory: Path) -> Path | None:
         if (checkpoint / _COMPLETE).is_file():
             complete.append(checkpoint)
         else:
-            shutil.rmtree(checkpoint)
+            shutil.rmtree(checkpoint, ignore_errors=True)
     return max(complete, key=lambda path: int(path.name.rsplit("-", 1)[1]), default=None)

@@ -1,7 +1,9 @@
 """`cast train`: a dense Hugging Face model in, an exact 2:4 one out."""
 
+import contextlib
 import json
 import math
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -60,7 +62,7 @@ def train(
     Raises:
         InputError: anything given is wrong, or the loss is no longer finite.
     """
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, quiet=int(os.environ.get("RANK", 0)) > 0)
     out = Path(out)
     if out.exists() and not overwrite:
         raise InputError(f"{out} already exists: choose another output directory or pass --overwrite")
@@ -103,8 +105,11 @@ def train(
         budget = decay_budget(student, config.model_copy(update={"decay": decay}), momentum)
         console.print(f"decay {decay:.3g}, momentum on masked weights {momentum:.3g} (root mean square)")
         console.print(str(budget))
-        if not force:
+        if budget.hopeless and not force:
+            with contextlib.suppress(FileNotFoundError):
+                run.directory.rmdir()  # Trainer has made it, still empty
             budget.check()
+        trainer.accelerator.wait_for_everyone()  # have looked for a run before this one is there
         run.begin(decay=decay, momentum=momentum, budget=budget.as_dict())
     trainer.config = config.model_copy(update={"decay": run.facts["decay"]})
 
@@ -132,6 +137,7 @@ def train(
         "after_cut": after,
         **identity,
     }
+    trainer.accelerator.wait_for_everyone()  # have read the metrics before they are removed
     if trainer.is_world_process_zero():
         with new_directory(out, overwrite) as building:
             student.save_pretrained(building)

@@ -86,9 +86,7 @@ def test_the_loss_is_of_the_models_own_logits(family: str, tmp_path: Path) -> No
     ce = F.nll_loss(log_p, ids[:, 1:].flatten())
     kl = (log_q.exp() * (log_q - log_p)).sum(1).mean()
     settings = config(eta=0.4)
-    trainer = CastTrainer(
-        sparsify(student, settings), settings, teacher, args=training_arguments(settings, tmp_path, use_cpu=True)
-    )
+    trainer = CastTrainer(sparsify(student, settings), settings, teacher, args=training_arguments(settings, tmp_path))
     losses = trainer.distillation(student, {"input_ids": ids})
     assert losses.ce.item() == pytest.approx(ce.item(), rel=1e-4)
     assert losses.kl.item() == pytest.approx(kl.item(), rel=1e-4)

@@ -1,0 +1,339 @@
+"""`cast train` end to end on tiny models: exact 2:4 out, killed and resumed, refusals."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from cast_serve import cli
+from cast_train.config import CastConfig
+from cast_train.health import read_metrics
+from cast_train.trainer import CastTrainer
+from cast_train.training import train
+from conversion.errors import InputError
+from conversion.families import family_of, in_scope
+from tests.cast_train.tiny import config, save_model, write_text
+
+
+class Setting:
+    """A model, a text and a cache in a temporary directory."""
+
+    def __init__(self, root: Path, family: str) -> None:
+        self.root = root
+        self.source = save_model(root / "dense", family)
+        self.text = write_text(root / "text.txt")
+
+    def train(self, out: str, settings: CastConfig, **options: Any) -> dict[str, Any]:
+        return train(self.source, [str(self.text)], self.root / out, settings, cache_dir=self.root / "cache", **options)
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Setting:
+    """GPT-2 has dropout, so that a resumed run needs the random state, and transposed weights."""
+    return Setting(tmp_path_factory.mktemp("gpt2"), "gpt2")
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> Setting:
+    return Setting(tmp_path, "llama")
+
+
+def assert_exactly_2of4(directory: Path) -> None:
+    family = family_of(json.loads((directory / "config.json").read_text())["model_type"])
+    pruned = 0
+    for name, tensor in load_file(directory / "model.safetensors").items():
+        assert tensor.dtype == torch.float32
+        if in_scope(family, name, tensor.shape):
+            rows = tensor.t() if family.transposed else tensor
+            assert ((rows != 0).reshape(-1, 4).sum(1) <= 2).all(), name
+            pruned += 1
+    assert pruned > 0
+
+
+def test_makes_a_plain_2of4_directory_and_says_what_happened(llama: Setting) -> None:
+    (llama.source / "generation_config.json").write_text('{"temperature": 0.2, "do_sample": false}')  # kept as it is
+    summary = llama.train("out", config(decay="auto", decay_ratio=300.0))
+    out = llama.root / "out"
+    assert_exactly_2of4(out)
+    assert "scale" not in " ".join(load_file(out / "model.safetensors"))
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert AutoTokenizer.from_pretrained(out).eos_token == "<eos>"
+    assert (out / "generation_config.json").read_text() == (llama.source / "generation_config.json").read_text()
+    assert model(torch.tensor([[3, 4, 5]])).logits.isfinite().all()
+
+    assert json.loads((out / "training.json").read_text()) == json.loads(json.dumps(summary))
+    assert summary["trained_tokens"] == 24 * 64
+    assert summary["decay"] == pytest.approx(300 * summary["momentum"])
+    assert summary["after_cut"]["ce"] == pytest.approx(summary["before_cut"]["ce"], abs=0.05)
+    metrics = read_metrics(out / "metrics.jsonl")
+    assert [line["step"] for line in metrics] == list(range(1, 25))
+    assert metrics[-1]["masked"] < 0.5 * metrics[0]["masked"]
+    assert metrics[-1]["kept"] == pytest.approx(metrics[0]["kept"], rel=0.1)
+    assert metrics[-1]["ce"] < metrics[0]["ce"]
+    for line in metrics:
+        assert line["loss"] == pytest.approx(line["kl"] / 3 + line["ce"] * 2 / 3, rel=1e-3)
+        assert {"lr", "mask_flips", "tokens_per_s", "tokens"} <= line.keys()
+    assert (out / "training.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(path.name for path in llama.root.iterdir()) == ["cache", "dense", "out", "text.txt"]
+
+
+def test_accumulated_micro_batches_are_one_batch(llama: Setting) -> None:
+    whole = llama.train("whole", config(micro_batch_tokens=64, steps=5, save_steps=100))
+    split = llama.train("split", config(micro_batch_tokens=16, steps=5, save_steps=100))
+    assert split["after_cut"]["loss"] == pytest.approx(whole["after_cut"]["loss"], rel=1e-4)
+
+
+def test_trains_in_bf16_without_a_teacher_and_with_frozen_embeddings(llama: Setting) -> None:
+    before = load_file(llama.source / "model.safetensors")
+    summary = llama.train("out", config(precision="bf16", eta=0.0, train_embeddings=False, steps=6))
+    after = load_file(llama.root / "out" / "model.safetensors")
+    assert_exactly_2of4(llama.root / "out")
+    assert summary["after_cut"]["kl"] == 0
+    assert torch.equal(after["model.embed_tokens.weight"], before["model.embed_tokens.weight"])
+    assert not torch.equal(after["model.norm.weight"], before["model.norm.weight"])
+
+
+# Runs `train` with the arguments of its first argument, and is killed (SIGKILL) where the second one says.
+KILLED_RUN = """
+import json, os, pathlib, signal, sys
+from cast_train.config import CastConfig
+from cast_train.health import Health
+from cast_train.trainer import CastTrainer
+from cast_train.training import train
+
+def kill(*args, **kwargs):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+arguments, where, step = json.loads(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+if where == "step":
+    log = Health.on_log
+    Health.on_log = lambda self, args, state, *rest, **more: (
+        kill() if state.global_step == step else log(self, args, state, *rest, **more)
+    )
+elif where == "checkpoint":  # the model and the optimizer are written, the rest is not
+    save = CastTrainer._save_rng_state
+    CastTrainer._save_rng_state = lambda self, out: kill() if self.state.global_step == step else save(self, out)
+cache = pathlib.Path(arguments.pop("cache_dir"))
+train(**{**arguments, "config": CastConfig(**arguments["config"])}, cache_dir=cache)
+"""
+
+
+def run_until_killed(setting: Setting, out: str, settings: CastConfig, where: str, step: int, resume: bool) -> None:
+    arguments = {
+        "source": str(setting.source),
+        "data": [str(setting.text)],
+        "out": str(setting.root / out),
+        "config": settings.model_dump(),
+        "resume": resume,
+        "cache_dir": str(setting.root / "cache"),
+    }
+    process = subprocess.run(
+        [sys.executable, "-c", KILLED_RUN, json.dumps(arguments), where, str(step)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert process.returncode == -signal.SIGKILL, process.stderr
+    assert not (setting.root / out).exists()
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(gpt2: Setting) -> Iterator[Path]:
+    gpt2.train("whole", config())
+    return gpt2.root / "whole"
+
+
+@pytest.mark.slow
+def test_killed_twice_and_resumed_is_bit_identical(gpt2: Setting, uninterrupted: Path) -> None:
+    run_until_killed(gpt2, "killed", config(), "step", 11, resume=False)
+    run_until_killed(gpt2, "killed", config(), "checkpoint", 14, resume=True)
+    assert (gpt2.root / "killed.run" / "checkpoint-14" / "model.safetensors").exists()
+    gpt2.train("killed", config(log_steps=2, save_steps=3), resume=True)
+    expected = load_file(uninterrupted / "model.safetensors")
+    resumed = load_file(gpt2.root / "killed" / "model.safetensors")
+    assert expected.keys() == resumed.keys()
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in expected.items())
+    assert_exactly_2of4(uninterrupted)
+    steps = [line["step"] for line in read_metrics(gpt2.root / "killed" / "metrics.jsonl")]
+    assert steps == sorted(set(steps))
+    assert not (gpt2.root / "killed.run").exists()
+
+
+DISTRIBUTED_RUN = """
+import json, pathlib, sys
+from cast_train.config import CastConfig
+from cast_train.training import train
+source, text, out, cache, settings = sys.argv[1:]
+train(source, [text], out, CastConfig(**json.loads(settings)), cache_dir=pathlib.Path(cache))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(llama: Setting) -> None:
+    settings = config(log_steps=5)
+    alone = llama.train("alone", settings)
+    script = llama.root / "script.py"
+    script.write_text(DISTRIBUTED_RUN)
+    paths = [str(llama.root / name) for name in ("dense", "text.txt", "together", "cache")]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", str(script)]
+    process = subprocess.run(
+        [*launch, *paths, settings.model_dump_json()],
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert process.returncode == 0, process.stderr
+    together = json.loads((llama.root / "together" / "training.json").read_text())
+    assert together["after_cut"]["loss"] == pytest.approx(alone["after_cut"]["loss"], rel=1e-3)
+    assert [line["step"] for line in read_metrics(llama.root / "together" / "metrics.jsonl")] == [1, 5, 10, 15, 20, 24]
+    assert process.stdout.count("step 24/24") == 1
+
+
+class Stop(Exception):
+    pass
+
+
+def interrupt(setting: Setting, out: str, settings: CastConfig, at_step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stop a run in this process, as a crash would."""
+    with monkeypatch.context() as patch:
+        step = CastTrainer.training_step
+
+        def training_step(self: CastTrainer, *args: Any, **kwargs: Any) -> Any:
+            if self.state.global_step == at_step:
+                raise Stop
+            return step(self, *args, **kwargs)
+
+        patch.setattr(CastTrainer, "training_step", training_step)
+        with pytest.raises(Stop):
+            setting.train(out, settings)
+
+
+def test_resuming_another_run_is_refused_and_every_difference_named(
+    llama: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupt(llama, "out", config(), 8, monkeypatch)
+    with pytest.raises(InputError, match="--resume"):
+        llama.train("out", config())
+    write_text(llama.text, seed=9)
+    with pytest.raises(InputError) as refusal:
+        llama.train("out", config(steps=30, decay=0.5, seed=4), resume=True)
+    for difference in (
+        "config.steps was 24, is 30",
+        "config.decay was 0.01, is 0.5",
+        "config.seed was 0, is 4",
+        "data was ",
+    ):
+        assert difference in str(refusal.value)
+    write_text(llama.text)
+    save_model(llama.source, "qwen2")
+    with pytest.raises(InputError, match="source was ") as refusal:
+        llama.train("out", config(), resume=True)
+    assert "config" not in str(refusal.value)
+    save_model(llama.source, "llama")
+    llama.train("out", config(), resume=True)
+    assert_exactly_2of4(llama.root / "out")
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_again(llama: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupt(llama, "out", config(decay="auto", decay_ratio=300.0), 3, monkeypatch)
+    resumed = llama.train("out", config(decay="auto", decay_ratio=300.0), resume=True)
+    whole = llama.train("whole", config(decay="auto", decay_ratio=300.0))
+    assert resumed["after_cut"] == whole["after_cut"]
+
+
+def test_a_hopeless_schedule_is_refused_before_anything_is_written(llama: Setting) -> None:
+    with pytest.raises(InputError, match=r"use learning rate \S+ or \d+ steps"):
+        llama.train("out", config(warm_start="none", lr=1e-5, steps=3))
+    assert sorted(path.name for path in llama.root.iterdir()) == ["cache", "dense", "text.txt"]
+    llama.train("out", config(warm_start="none", lr=1e-5, steps=3), force=True)
+    assert_exactly_2of4(llama.root / "out")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(
+    llama: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        distillation = CastTrainer.distillation
+
+        def diverging(self: CastTrainer, *args: Any) -> Any:
+            losses = distillation(self, *args)
+            if self.state.global_step == 9:
+                losses.loss.data.fill_(float("nan"))
+            return losses
+
+        patch.setattr(CastTrainer, "distillation", diverging)
+        with pytest.raises(InputError, match="nan at step 9"):
+            llama.train("out", config())
+    assert [path.name for path in (llama.root / "out.run").glob("checkpoint-*")] == ["checkpoint-7"]
+    assert not (llama.root / "out").exists()
+    llama.train("out", config(), resume=True)
+
+
+def test_refuses_an_existing_directory_unless_told_to_replace_it(llama: Setting) -> None:
+    (llama.root / "out").mkdir()
+    with pytest.raises(InputError, match="already exists"):
+        llama.train("out", config())
+    llama.train("out", config(steps=2, shrink=0.0), overwrite=True)
+    assert_exactly_2of4(llama.root / "out")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lr": -1.0}, "lr"),
+        ({"schedule": "constant"}, "schedule"),
+        ({"learning_rate": 1.0}, "learning_rate"),
+        ({"decay": -1.0}, "decay"),
+        ({"decay": "automatic"}, "decay"),
+        ({"batch_tokens": 100, "block_length": 64}, "multiple"),
+        ({"tokens": 1000, "steps": 3}, "not both"),
+        ({"tokens": 10, "steps": None}, "less than one step"),
+    ],
+)
+def test_refuses_bad_settings(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        config(**changes)
+
+
+def test_presets_can_be_changed() -> None:
+    quick = CastConfig.preset("quick", steps=5, lr=None)
+    assert (quick.total_steps, quick.tokens) == (5, None)
+    assert quick.lr == CastConfig.preset("quick").lr
+    full = CastConfig.preset("full")
+    assert (full.lr, full.decay, full.eta, full.total_steps * full.batch_tokens) == (2e-5, 4e-7, 1 / 3, 7500 * 2**20)
+
+
+def cast(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["cast", *arguments])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    if end.value.code:
+        raise RuntimeError(end.value.code)
+
+
+def test_command_line(llama: Setting, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(llama.root / "cache"))
+    out = llama.root / "out"
+    arguments = ["train", str(llama.source), "--data", str(llama.text), "--out", str(out), "--preset", "quick"]
+    arguments += ["--steps", "3", "--batch-tokens", "64", "--block-length", "16", "--warm-start", "magnitude"]
+    cast(monkeypatch, *arguments, "--force")
+    printed = capsys.readouterr().out
+    assert "decay can move a weight by" in printed
+    assert "step 3/3" in printed
+    assert "left" in printed
+    assert "after" in printed
+    assert_exactly_2of4(out)
+    for bad in (["--lr", "0"], ["--preset", "slow"], ["--decay", "much"]):
+        with pytest.raises(RuntimeError, match="2"):
+            cast(monkeypatch, *arguments, *bad)
+        assert capsys.readouterr().err.startswith("error: ")
