@@ -27,8 +27,8 @@ class Health(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._start = time.monotonic()
-        self._first_step = state.global_step
+        self._start = self._last_log = time.monotonic()
+        self._first_step = self._last_step = state.global_step
         if state.is_world_process_zero:
             kept = [line for line in read_metrics(self._path) if line["step"] <= state.global_step]
             self._path.write_text("".join(json.dumps(line) + "\n" for line in kept))
@@ -48,10 +48,11 @@ class Health(TrainerCallback):
     ) -> None:
         if not state.is_world_process_zero or logs is None or "ce" not in logs:
             return
-        elapsed = time.monotonic() - self._start
-        done = state.global_step - self._first_step
-        speed = done * self._batch_tokens / elapsed
-        left = elapsed / done * (state.max_steps - state.global_step)
+        now = time.monotonic()
+        elapsed = now - self._start
+        left = elapsed / (state.global_step - self._first_step) * (state.max_steps - state.global_step)
+        speed = (state.global_step - self._last_step) * self._batch_tokens / (now - self._last_log)
+        self._last_log, self._last_step = now, state.global_step
         line = {
             "step": state.global_step,
             "tokens": state.global_step * self._batch_tokens,

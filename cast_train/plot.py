@@ -36,7 +36,8 @@ def plot_metrics(metrics: Sequence[dict[str, float]], path: Path, title: str) ->
         if logarithmic:
             axis.set_yscale("log")
         else:
-            axis.set_ylim(bottom=0)
+            axis.set_ylim(0, axis.get_ylim()[1] * 1.05)
+            axis.ticklabel_format(axis="y", scilimits=(-3, 5))
         if len(series) > 1:
             axis.legend(frameon=False, fontsize=8)
     for axis in axes[3:]:
