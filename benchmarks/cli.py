@@ -115,10 +115,12 @@ def pipeline(
     out.mkdir(parents=True, exist_ok=True)
     console = Console()
     try:
-        run_stages(stages(directory, data, heldout, preset, out), out, console)
+        ran = run_stages(stages(directory, data, heldout, preset, out), out, console)
     except StageFailed as failure:
         console.print(f"stage '{failure.stage.name}' failed: mend it and run again, finished stages are kept")
         raise typer.Exit(failure.code) from None
+    if ran:  # `cast bench`, the last of them, has just printed the table
+        return
     made = Outputs(out)
     result = BenchResult.model_validate_json(made.measurements.read_bytes())
     console.print(summary_table(result, Quality.read(made.quality)))

@@ -28,8 +28,10 @@ class StageFailed(Exception):
         self.code = code
 
 
-def run_stages(stages: Sequence[Stage], out: Path, console: Console, program: Sequence[str] = CAST) -> None:
+def run_stages(stages: Sequence[Stage], out: Path, console: Console, program: Sequence[str] = CAST) -> list[Stage]:
     """Run each stage as `program` with its command, unless `out`/stages.json says that it is done already.
+
+    Returns the stages that ran.
 
     A stage is done when its outputs exist and its command and inputs are those of the last success. Raises StageFailed
     at the first failure; what is finished then stays finished.
@@ -55,6 +57,7 @@ def run_stages(stages: Sequence[Stage], out: Path, console: Console, program: Se
         clock.finished(stage)
         done[stage.name] = seen
         _write(record, done)
+    return pending
 
 
 def find_pending(stages: Sequence[Stage], done: Mapping[str, str]) -> list[Stage]:
