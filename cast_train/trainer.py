@@ -69,8 +69,13 @@ class CastTrainer(Trainer):
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> Any:
+        config = self.config
+        if num_training_steps != config.total_steps:
+            raise InputError(
+                f"the trainer would do {num_training_steps} steps and the config says {config.total_steps}: set "
+                "max_steps"
+            )
         if self.lr_scheduler is None:
-            config = self.config
             self.lr_scheduler = LambdaLR(
                 optimizer or self.create_optimizer(),
                 lambda step: lr_factor(

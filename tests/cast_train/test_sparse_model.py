@@ -96,6 +96,15 @@ def test_the_loss_is_of_the_models_own_logits(family: str, tmp_path: Path) -> No
     assert all(p.grad is None for p in teacher.parameters())
 
 
+def test_refuses_another_number_of_steps_than_the_ramp_has(tmp_path: Path) -> None:
+    settings = config(steps=5)
+    model = sparsify(make_model(CONFIGS["llama"], sparse=False), settings)
+    trainer = CastTrainer(model, settings, args=training_arguments(settings, tmp_path))
+    trainer.create_scheduler(5)
+    with pytest.raises(InputError, match="6 steps and the config says 5"):
+        trainer.create_scheduler(6)
+
+
 def test_refuses_a_model_without_anything_to_prune() -> None:
     odd = CONFIGS["opt"].__class__(
         **{
