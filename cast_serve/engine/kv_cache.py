@@ -4,7 +4,9 @@ import mmap
 
 import numpy as np
 
-BLOCK_TOKENS = 16
+# Tokens of a block. What a head's keys fill in one block is what the kernel reads in one go: longer is faster. It costs
+# no memory, since pages of a block that are not written are not resident.
+BLOCK_TOKENS = 64
 
 
 class BlockAllocator:

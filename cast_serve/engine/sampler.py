@@ -6,8 +6,8 @@ from cast_serve.engine.types import SamplingParams, TokenEvent
 from conversion.errors import InputError
 
 MOST_LOGPROBS = 100
-# Nucleus sampling first sorts only so many of the most likely tokens; they nearly always hold the mass.
-_NUCLEUS_CANDIDATES = 1024
+# A vocabulary is searched in runs of so many tokens first, then within one: summing runs is fast, running sums are not.
+_RUN = 256
 
 
 def check(params: SamplingParams) -> None:
@@ -62,16 +62,27 @@ def draw(weights_V: np.ndarray, top_p: float, uniform: float) -> int:
         uniform: a number in [0, 1), which decides.
     """
     if top_p == 1:
-        mass_V = np.cumsum(weights_V, dtype=np.float64)
-        return int(np.searchsorted(mass_V, uniform * mass_V[-1], side="right"))
-    wanted = top_p * weights_V.sum(dtype=np.float64)
-    for count in (_NUCLEUS_CANDIDATES, len(weights_V)):
-        order = _largest(weights_V, count)
-        mass = np.cumsum(weights_V[order], dtype=np.float64)
-        if mass[-1] >= wanted:
-            break
-    nucleus = mass[: int(np.searchsorted(mass, wanted)) + 1]
-    return int(order[np.searchsorted(nucleus, uniform * nucleus[-1], side="right")])
+        starts = np.arange(0, len(weights_V), _RUN)
+        mass = _running_sum(np.add.reduceat(weights_V, starts))
+        run = _first_above(mass, uniform * mass[-1])
+        start, before = int(starts[run]), mass[run - 1] if run else 0.0
+        return start + _first_above(_running_sum(weights_V[start : start + _RUN]), uniform * mass[-1] - before)
+    # Tokens below this weight hold less than 1 - top_p of the mass even together: the nucleus is among the others.
+    total = float(weights_V.sum())
+    candidates = np.flatnonzero(weights_V >= (1 - top_p) * total / len(weights_V))
+    order = candidates[np.argsort(-weights_V[candidates], kind="stable")]
+    mass = _running_sum(weights_V[order])
+    mass = mass[: int(np.searchsorted(mass, top_p * total)) + 1]
+    return int(order[_first_above(mass, uniform * mass[-1])])
+
+
+def _running_sum(weights: np.ndarray) -> np.ndarray:
+    return np.cumsum(weights, dtype=np.float64)
+
+
+def _first_above(mass: np.ndarray, wanted: float) -> int:
+    """First index at which a running sum exceeds `wanted`; if rounding puts that past its end, where it ends."""
+    return int(np.searchsorted(mass, min(wanted, np.nextafter(mass[-1], 0)), side="right"))
 
 
 def _largest(values: np.ndarray, count: int) -> np.ndarray:

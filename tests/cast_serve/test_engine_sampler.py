@@ -10,7 +10,6 @@ from cast_serve.engine.types import SamplingParams
 @pytest.mark.parametrize("top_p", [1.0, 0.95, 0.5, 1e-9])
 @pytest.mark.parametrize("size", [7, 1300])
 def test_uniform_numbers_become_the_nucleus_distribution(size: int, top_p: float) -> None:
-    # Flat weights make the nucleus of 1300 longer than the candidates that are sorted first.
     weights = np.random.default_rng(0).uniform(0.9, 1.0, size).astype(np.float32)
     order = np.argsort(-weights.astype(np.float64), kind="stable")
     share = weights[order].astype(np.float64) / weights.sum(dtype=np.float64)

@@ -29,7 +29,7 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 def op_session(
     op: str, inputs: Mapping[str, np.ndarray | None], constants: Sequence[Any] = (), **attributes: Any
 ) -> ort.InferenceSession:
-    """A graph of one node; inputs in the op's order, None for a constant of the same name or (name blank) none at all."""
+    """A graph of one node; inputs in the op's order, None for a constant, or (blank name) nothing."""
     node = helper.make_node(op, [name.strip() for name in inputs], ["y"], domain="cast24", **attributes)
     values = [
         helper.make_tensor_value_info(name, ELEMENT_TYPES[array.dtype.name], None)

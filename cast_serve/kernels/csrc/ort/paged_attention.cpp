@@ -21,6 +21,7 @@ using Args = PagedAttentionArgs;
 constexpr int64_t kSegment = 512;
 constexpr int64_t kTokensPerItem = 16;  // of one prefill work item; all query heads of one kv head go along
 constexpr int64_t kSplitTokens = 4;     // sequences with at most so many new tokens have segments spread over threads
+constexpr int64_t kTilesAhead = 4;      // keys fetched into the cache before they are used
 constexpr int kRows = 4;                // query rows that share a pass over keys and values
 
 template <int W>
@@ -132,8 +133,15 @@ INLINE void attend_rows(const Args& a, int64_t sequence, int64_t kv_head, const 
   for (int r = 0; r < R; ++r) peaks[r] = none;
   for (int64_t tile = first_tile; tile < end; tile += kKeyTile) {
     const float* keys = key_tile(a, sequence, tile, kv_head);
+    // Blocks and pages are short, so the hardware foresees too little of what comes. A tile of keys, as one of values, is
+    // D cache lines.
+    const int64_t ahead = tile + kTilesAhead * kKeyTile;
+    const float* next_keys = key_tile(a, sequence, ahead < end ? ahead : tile, kv_head);
+    const float* values = value_row(a, sequence, tile, kv_head);
     F sum[R][kTileVecs] = {};
     for (int64_t d = 0; d < D; ++d) {
+      __builtin_prefetch(next_keys + d * kKeyTile, 0, 2);
+      __builtin_prefetch(values + d * kKeyTile, 0, 2);
       for (int c = 0; c < kTileVecs; ++c) {
         const F key = V::load(keys + d * kKeyTile + c * W);
         for (int r = 0; r < R; ++r) sum[r][c] += q[r][d] * key;

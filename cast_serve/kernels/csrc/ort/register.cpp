@@ -13,16 +13,12 @@ CustomOp<DenseLinear> dense_op;
 CustomOp<PagedAttention> attention_op;
 
 OrtStatus* register_ops(const OrtApi& api, OrtSessionOptions* options) {
-  // One domain for the process: sessions keep pointing at it, so it is never released.
-  static OrtCustomOpDomain* domain = nullptr;
-  if (domain == nullptr) {
-    OrtCustomOpDomain* made = nullptr;
-    if (OrtStatus* status = api.CreateCustomOpDomain("cast24", &made)) return status;
-    for (const OrtCustomOp* op : {static_cast<OrtCustomOp*>(&sparse_op), static_cast<OrtCustomOp*>(&dense_op),
-                                  static_cast<OrtCustomOp*>(&attention_op)}) {
-      if (OrtStatus* status = api.CustomOpDomain_Add(made, op)) return status;
-    }
-    domain = made;
+  // Never released, as sessions keep pointing at it; and not shared, as it belongs to the runtime that asks.
+  OrtCustomOpDomain* domain = nullptr;
+  if (OrtStatus* status = api.CreateCustomOpDomain("cast24", &domain)) return status;
+  for (const OrtCustomOp* op : {static_cast<OrtCustomOp*>(&sparse_op), static_cast<OrtCustomOp*>(&dense_op),
+                                static_cast<OrtCustomOp*>(&attention_op)}) {
+    if (OrtStatus* status = api.CustomOpDomain_Add(domain, op)) return status;
   }
   return api.AddCustomOpDomain(options, domain);
 }
