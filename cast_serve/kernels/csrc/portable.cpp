@@ -16,7 +16,7 @@ struct Portable {
   };
   static constexpr int kTableGroups = 1;
   static constexpr int kSums = 1;
-  static constexpr int kTileRows = 2;
+  static constexpr int kTileRows = 1;
   static constexpr int kDenseTileRows = 2;
 
   static Vec zero() { return {}; }

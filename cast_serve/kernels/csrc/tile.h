@@ -206,7 +206,10 @@ struct DenseRows {
     int64_t k = 0;
     for (; k + S::W <= K; k += S::W) {
       Vec w[Outputs];
-      for (int n = 0; n < Outputs; ++n) w[n] = load_weight<S>(weight + n * K + k);
+      for (int n = 0; n < Outputs; ++n) {
+        w[n] = load_weight<S>(weight + n * K + k);
+        __builtin_prefetch(weight + (n + kDenseRows) * K + k, 0, 2);  // the next call's rows
+      }
       for (int m = 0; m < Rows; ++m) {
         const Vec a = S::load(x + m * K + k);
         for (int n = 0; n < Outputs; ++n) sum[m][n] = S::fma(a, w[n], sum[m][n]);
