@@ -23,7 +23,7 @@ def interleave(
     *,
     rounds: int,
     calls: int,
-    pause: float = 0.005,
+    pause: float = 0.03,
     after_round: Callable[[], object] = lambda: None,
 ) -> dict[str, Timing]:
     """Time every candidate in turn, round after round, each round starting with another one.

@@ -124,7 +124,6 @@ def memory_plot(result: BenchResult) -> str:
     """Weights and resident memory in MB."""
     quantities: list[tuple[str, Callable[[Role], int]]] = [
         ("weights on disk", lambda role: result.models[role].disk_bytes),
-        ("weights in memory", lambda role: result.models[role].weight_bytes),
         ("resident memory", lambda role: resident_bytes(result, role)),
     ]
 

@@ -27,7 +27,6 @@ def summary_table(result: BenchResult, quality: Quality | None = None) -> Table:
     models = result.models
     for name, dense, sparse in (
         ("weights on disk", models["dense"].disk_bytes, models["sparse"].disk_bytes),
-        ("weights in memory", models["dense"].weight_bytes, models["sparse"].weight_bytes),
         ("resident memory", resident_bytes(result, "dense"), resident_bytes(result, "sparse")),
     ):
         color = "green" if sparse < dense else "red" if sparse > dense else "dim"
