@@ -9,7 +9,7 @@ from conversion.errors import InputError
 def bind(host: str, port: int) -> socket.socket:
     """Listen on an address (port 0: any free port); InputError if it cannot be had."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # The protocol is named because asyncio turns Nagle's delay (40 ms of a first token) off only on sockets that say TCP.
+    # asyncio turns Nagle's delay (40 ms of a first token) off only on sockets that say TCP, so the protocol is named.
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
