@@ -21,10 +21,11 @@ OBJECTS = Path("build/cast24")
 
 # No -march: the library must run on any CPU, so only the files that are chosen at run time get their instruction set.
 FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wno-psabi"]
-AVX512_WARNINGS = ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]  # in GCC 12's own header
+# GCC's generic schedule costs 2 % at small batches, on Zen 4 too; its AVX-512 header warns about itself.
+AVX512_TUNING = ["-mtune=skylake-avx512", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 FILE_FLAGS = {
     "avx2.cpp": ["-mavx2", "-mfma"],
-    "avx512.cpp": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", *AVX512_WARNINGS],
+    "avx512.cpp": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", *AVX512_TUNING],
     "paged_attention.cpp": ["-ffp-contract=fast"],  # written in the compiler's vectors, which have no fma of their own
 }
 X86 = os.uname().machine in ("x86_64", "amd64")

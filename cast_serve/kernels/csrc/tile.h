@@ -25,8 +25,8 @@
 namespace cast24 {
 namespace {
 
-// Sums run over blocks of this many columns: an x block of a few rows and a weight block stay in the nearest caches.
-constexpr int64_t kBlockColumns = 512;
+// Sums run over blocks of this many columns: an x block of a few rows and a weight block stay in the second-level cache.
+constexpr int64_t kBlockColumns = 2048;
 constexpr int64_t kBlockGroups = kBlockColumns / 4;
 constexpr int64_t kPrefetchBytes = 4096;
 
