@@ -13,6 +13,7 @@ from rich.table import Table
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from cast_train.dataset import read_documents
+from conversion.atomic import write_text
 from conversion.dense_model import dense_model
 from conversion.errors import InputError
 from conversion.packed_checkpoint import open_checkpoint
@@ -26,10 +27,11 @@ def evaluate(models: Sequence[Path], data: Path, context: int, tokens: int) -> d
     """
     results: dict[str, Any] = {}
     table = Table("model", "perplexity", title=f"{data.name}: windows of {context} tokens")
+    texts = list(read_documents([data]))
     for directory in models:
         model = dense_model(open_checkpoint(directory), torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(directory)
-        windows = heldout_windows(list(read_documents([data])), tokenizer, context, tokens)
+        windows = heldout_windows(texts, tokenizer, context, tokens)
         value = perplexity(model, windows, description=directory.name)
         scored = windows.shape[0] * (windows.shape[1] - 1)
         results[str(directory)] = {"perplexity": value, "tokens": scored, "context": context}
@@ -39,10 +41,8 @@ def evaluate(models: Sequence[Path], data: Path, context: int, tokens: int) -> d
 
 
 def write_results(results: dict[str, Any], path: Path) -> None:
-    """Write `results` as JSON under a temporary name, then rename."""
-    unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.write_text(json.dumps(results, indent=2) + "\n")
-    unfinished.rename(path)
+    """Write `results` as JSON, whole or not at all."""
+    write_text(path, json.dumps(results, indent=2) + "\n")
 
 
 def heldout_windows(

@@ -23,6 +23,7 @@ from cast_train.oneshot import prune
 from cast_train.oneshot.calibration import calibration_samples
 from cast_train.plot import plot_metrics
 from cast_train.run import Run, source_hash
+from cast_train.saving import save_model
 from cast_train.sparse_model import finalize, is_transposed, scope, sparsify
 from cast_train.trainer import CastTrainer, last_checkpoint, training_arguments
 from conversion.atomic import new_directory
@@ -140,10 +141,7 @@ def train(
     trainer.accelerator.wait_for_everyone()  # have read the metrics before they are removed
     if trainer.is_world_process_zero():
         with new_directory(out, overwrite) as building:
-            student.save_pretrained(building)
-            tokenizer.save_pretrained(building)
-            if (directory / "generation_config.json").exists():
-                shutil.copy(directory / "generation_config.json", building)
+            save_model(student, tokenizer, directory, building)
             shutil.copy(run.metrics, building)
             plot_metrics(metrics, building / "training.png", f"CAST training of {directory.name}")
             (building / "training.json").write_text(json.dumps(summary, indent=1) + "\n")

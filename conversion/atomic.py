@@ -1,4 +1,4 @@
-"""Directories that appear complete or not at all."""
+"""Files and directories that appear complete or not at all."""
 
 import os
 import shutil
@@ -40,6 +40,13 @@ def new_directory(target: Path, overwrite: bool = False, source: Path | None = N
     except BaseException:
         shutil.rmtree(building, ignore_errors=True)
         raise
+
+
+def write_text(target: Path, text: str) -> None:
+    """Write `text` (UTF-8) beside `target`, then rename it to `target`, which may exist."""
+    partial = target.with_name(f".{target.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(target)
 
 
 def _umask() -> int:

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from benchmarks.pipeline.fingerprint import fingerprint
 from benchmarks.pipeline.stages import Stage
+from conversion.atomic import write_text
 
 RECORD = "stages.json"
 CAST = (sys.executable, "-m", "cast_serve.cli")
@@ -49,14 +50,14 @@ def run_stages(stages: Sequence[Stage], out: Path, console: Console, program: Se
         console.print(f"{title}: {clock.describe()}")
         console.print(f"$ cast {shlex.join(stage.command)}", style="dim", soft_wrap=True, highlight=False)
         if done.pop(stage.name, None):  # commands refuse to overwrite, but this is an earlier run's own work
-            _write(record, done)
+            write_text(record, json.dumps(done, indent=1))
             _remove(stage.outputs)
         code = _run([*program, *stage.command])
         if code != 0:
             raise StageFailed(stage, code)
         clock.finished(stage)
         done[stage.name] = seen
-        _write(record, done)
+        write_text(record, json.dumps(done, indent=1))
     return pending
 
 
@@ -110,9 +111,3 @@ def _remove(outputs: Sequence[Path]) -> None:
             shutil.rmtree(output)
         else:
             output.unlink(missing_ok=True)
-
-
-def _write(record: Path, done: dict[str, str]) -> None:
-    partial = record.with_suffix(".partial")
-    partial.write_text(json.dumps(done, indent=1))
-    partial.replace(record)

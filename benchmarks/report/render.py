@@ -12,6 +12,7 @@ from benchmarks.load.measurements import ROLES, BenchResult, Round
 from benchmarks.report import statistics
 from benchmarks.report.plots import latency_plots, memory_plot, ratio_plot, throughput_plot
 from benchmarks.report.quality import Quality
+from conversion.atomic import write_text
 from conversion.errors import InputError
 
 
@@ -52,15 +53,9 @@ def write_report(
 ) -> Path:
     """Write bench.json and report.html into `out`, each whole or not at all; return the page's path."""
     page = render(result, quality, training_curve)
-    _write(out / "bench.json", json.dumps(result.model_dump(mode="json"), indent=1))
-    _write(out / "report.html", page)
+    write_text(out / "bench.json", json.dumps(result.model_dump(mode="json"), indent=1))
+    write_text(out / "report.html", page)
     return out / "report.html"
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
 
 
 def _data_uri(png: Path) -> str:

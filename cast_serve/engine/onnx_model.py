@@ -8,10 +8,11 @@ import numpy as np
 import onnxruntime as ort
 
 from cast_serve.engine.kv_cache import BLOCK_TOKENS, allocate_caches, blocks_for
-from cast_serve.engine.library import executed, instruction_set, require_library
+from cast_serve.engine.library import executed
 from cast_serve.engine.manifest import Manifest, read_manifest
 from cast_serve.engine.scheduler import Chunk
 from cast_serve.engine.types import ModelInfo
+from cast_serve.kernels import isa, library_path
 from conversion.errors import InputError
 
 # What a session executes is counted in the library, for the whole process: one model is loaded at a time.
@@ -61,7 +62,7 @@ class OnnxModel:
             sparse_weight_bytes=bytes_after - bytes_before,
             context_length=context,
             vocab_size=manifest.vocab_size,
-            kernel=instruction_set(),
+            kernel=isa(),
         )
 
     def run(self, chunks: Items[Chunk]) -> np.ndarray:
@@ -133,7 +134,7 @@ class OnnxModel:
 
 def _load(onnx_dir: Path, threads: int | None) -> ort.InferenceSession:
     options = ort.SessionOptions()
-    options.register_custom_ops_library(str(require_library()))
+    options.register_custom_ops_library(str(library_path()))
     options.intra_op_num_threads = threads or 0
     options.inter_op_num_threads = 1
     options.log_severity_level = 4  # failures come back as exceptions, and are reported once

@@ -26,7 +26,7 @@ def library_path() -> Path:
     """Where libcast24.so is: the C API of `csrc/cast24.h` and, for ONNX Runtime, `RegisterCustomOps`."""
     path = Path(__file__).parent / "libcast24.so"
     if not path.exists():
-        raise InputError(f"the kernel library {path} is not built: run pip install --no-build-isolation -e . again")
+        raise InputError(f"the kernel library {path} is not built: install the package again, with a C++ compiler")
     return path
 
 

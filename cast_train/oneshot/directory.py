@@ -1,6 +1,5 @@
 """`cast train --method magnitude|wanda|sparsegpt`: a dense model directory in, an exact 2:4 one out, no training."""
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from cast_train.config import CastConfig
 from cast_train.dataset import load_tokens
 from cast_train.oneshot.calibration import calibration_samples
 from cast_train.oneshot.prune import METHODS, prune
+from cast_train.saving import save_model
 from conversion.atomic import new_directory
 from conversion.checkpoint import Checkpoint
 from conversion.dense_model import dense_model
@@ -31,7 +31,4 @@ def prune_directory(source: str | Path, data: Sequence[str], out: Path, method: 
         tokenizer = AutoTokenizer.from_pretrained(directory)
         calibration = None if method == "magnitude" else calibration_samples(load_tokens(data, tokenizer), config)
         prune(model, method, calibration)
-        model.save_pretrained(building)
-        tokenizer.save_pretrained(building)
-        if (directory / "generation_config.json").exists():
-            shutil.copy(directory / "generation_config.json", building)
+        save_model(model, tokenizer, directory, building)

@@ -10,14 +10,15 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper
 
-from cast_serve.engine.library import executed, require_library
+from cast_serve.engine.library import executed
+from cast_serve.kernels import library_path
 
 ELEMENT_TYPES = {"float32": TensorProto.FLOAT, "int32": TensorProto.INT32, "uint32": TensorProto.UINT32}
 
 
 @pytest.fixture(params=["avx512", "avx2", "portable"])
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    library = ctypes.CDLL(str(require_library()))
+    library = ctypes.CDLL(str(library_path()))
     library.cast24_isa.restype = ctypes.c_char_p
     before = library.cast24_isa()
     if library.cast24_set_isa(request.param.encode()) != 0:
@@ -42,7 +43,7 @@ def op_session(
     options = ort.SessionOptions()
     options.intra_op_num_threads = 2
     options.log_severity_level = 4
-    options.register_custom_ops_library(str(require_library()))
+    options.register_custom_ops_library(str(library_path()))
     model = helper.make_model(graph, opset_imports=imports, ir_version=10)
     return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
