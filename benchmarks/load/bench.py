@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from datetime import UTC, datetime
@@ -104,7 +105,9 @@ def _load_one(index: int, role: Role, servers: dict[Role, Server], plan: LoadPla
     clock, machine = time.perf_counter(), _machine_cpu_s()
     loaded_cpu, idle_cpu = loaded.cpu_s(), idle.cpu_s()
     samples = []
+    resident: Counter[int] = Counter()
     for sample in drive(plan):
+        resident[sample.concurrency] = max(resident[sample.concurrency], loaded.resident())
         samples.append(sample)
         tick()
     loaded.check_alive()
@@ -112,7 +115,10 @@ def _load_one(index: int, role: Role, servers: dict[Role, Server], plan: LoadPla
     loaded_cores = (loaded.cpu_s() - loaded_cpu) / wall
     idle_cores = (idle.cpu_s() - idle_cpu) / wall
     others = (_machine_cpu_s() - machine) / wall - loaded_cores - idle_cores
-    levels = [Level(concurrency=c, samples=[s for s in samples if s.concurrency == c]) for c in plan.requests]
+    levels = [
+        Level(concurrency=c, samples=[s for s in samples if s.concurrency == c], resident=resident[c])
+        for c in plan.requests
+    ]
     for level in levels:
         if not level.succeeded:
             reason = level.samples[0].error if level.samples else "the load process reported none"

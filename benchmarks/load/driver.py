@@ -7,6 +7,7 @@ import locust.env  # isort: skip  # first: patches the standard library
 
 import logging
 import sys
+import time
 from collections import deque
 from typing import Any, ClassVar
 
@@ -14,6 +15,8 @@ from benchmarks.load.locust_user import CompletionUser
 from benchmarks.load.measurements import LoadPlan, RequestSample
 
 WARMUP_TOKENS = 4
+IDLE_S = 1.0
+"""Before each level: an idle server gives memory back, so that a level's memory is what that level needs."""
 
 
 def run_level(plan: LoadPlan, users: int, requests: int, tokens: int, *, recorded: bool) -> None:
@@ -45,6 +48,7 @@ def main() -> None:
     plan = LoadPlan.model_validate_json(sys.stdin.read())
     run_level(plan, plan.warmup_users, plan.warmup_users, min(WARMUP_TOKENS, plan.output_tokens), recorded=False)
     for users, requests in plan.requests.items():
+        time.sleep(IDLE_S)
         run_level(plan, users, requests, plan.output_tokens, recorded=True)
 
 

@@ -72,6 +72,8 @@ class Level(_Record):
 
     concurrency: int
     samples: list[RequestSample]
+    resident: int
+    """The server's largest resident memory when one of these requests ended."""
 
     @property
     def succeeded(self) -> list[RequestSample]:

@@ -128,12 +128,16 @@ class Server:
         except (psutil.AccessDenied, AttributeError):
             unique = proportional = None
         return Memory(
-            resident=process.memory_info().rss,
+            resident=self.resident(),
             peak_resident=_peak_resident(process.pid),
             unique=unique,
             proportional=proportional,
             reported=self._reported_memory(),
         )
+
+    def resident(self) -> int:
+        """Resident set size in bytes."""
+        return int(psutil.Process(self._running.pid).memory_info().rss)
 
     def cpu_s(self) -> float:
         """Processor seconds used so far."""

@@ -121,10 +121,13 @@ def latency_plot(result: BenchResult, metric: Metric) -> str:
 
 
 def memory_plot(result: BenchResult) -> str:
-    """Weights and resident memory in MB."""
+    """Weights, and resident memory at each concurrency, in MB."""
     quantities: list[tuple[str, Callable[[Role], int]]] = [
         ("weights on disk", lambda role: result.models[role].disk_bytes),
-        ("resident memory", lambda role: resident_bytes(result, role)),
+        *(
+            (f"resident, {c} at once", lambda role, c=c: resident_bytes(result, role, c))
+            for c in result.settings.concurrencies
+        ),
     ]
 
     def draw(figure: Figure) -> None:

@@ -36,7 +36,7 @@ def render(result: BenchResult, quality: Quality | None = None, training_curve: 
         values=statistics.values,
         throughput=statistics.throughput,
         errors={role: statistics.errors(result, role) for role in ROLES},
-        resident={role: statistics.resident_bytes(result, role) for role in ROLES},
+        resident={c: {role: statistics.resident_bytes(result, role, c) for role in ROLES} for c in concurrencies},
         ratios=ratios,
         losses=[ratio for found in ratios.values() for ratio in found if ratio.verdict == "worse"],
         quality=quality,

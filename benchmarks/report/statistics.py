@@ -102,6 +102,6 @@ def errors(result: BenchResult, role: Role) -> list[str]:
     return [sample.error for level in levels for sample in level.samples if sample.error is not None]
 
 
-def resident_bytes(result: BenchResult, role: Role) -> int:
-    """Resident memory after the last round, when every buffer has been used."""
-    return result.rounds_of(role)[-1].memory.resident
+def resident_bytes(result: BenchResult, role: Role, concurrency: int) -> int:
+    """Resident memory under this load in the last round, when every buffer that it needs has been used."""
+    return result.levels_of(role, concurrency)[-1].resident

@@ -25,12 +25,7 @@ def summary_table(result: BenchResult, quality: Quality | None = None) -> Table:
     if quality is not None:
         _add_quality(table, quality)
     models = result.models
-    for name, dense, sparse in (
-        ("weights on disk", models["dense"].disk_bytes, models["sparse"].disk_bytes),
-        ("resident memory", resident_bytes(result, "dense"), resident_bytes(result, "sparse")),
-    ):
-        color = "green" if sparse < dense else "red" if sparse > dense else "dim"
-        table.add_row(name, _mb(dense), _mb(sparse), f"[{color}]{sparse / dense:.2f}[/]" if dense else "")
+    _add_size(table, "weights on disk", models["dense"].disk_bytes, models["sparse"].disk_bytes)
     for concurrency in result.settings.concurrencies:
         table.add_section()
         found = {ratio.name: ratio for ratio in ratios(result, concurrency)}
@@ -40,6 +35,7 @@ def summary_table(result: BenchResult, quality: Quality | None = None) -> Table:
             medians = [percentiles(values(result.levels_of(role, concurrency), metric))[50] for role in ROLES]
             cells = [f"{1000 * median:,.1f} ms" for median in medians]
             table.add_row(f"{metric.name} p50", *cells, _ratio(found.get(metric.name)))
+        _add_size(table, "resident memory", *(resident_bytes(result, role, concurrency) for role in ROLES))
     return table
 
 
@@ -50,6 +46,11 @@ def _add_quality(table: Table, quality: Quality) -> None:
         cells = (perplexity, "", "") if index == 0 else ("", perplexity, f"{model.perplexity / reference:,.2f}")
         table.add_row(f"perplexity, {name}", *cells)
     table.add_section()
+
+
+def _add_size(table: Table, name: str, dense: int, sparse: int) -> None:
+    color = "green" if sparse < dense else "red" if sparse > dense else "dim"
+    table.add_row(name, _mb(dense), _mb(sparse), f"[{color}]{sparse / dense:.2f}[/]" if dense else "")
 
 
 def _ratio(ratio: Ratio | None) -> str:

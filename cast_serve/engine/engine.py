@@ -19,6 +19,8 @@ from conversion.errors import InputError
 # Tokens of one step. More makes prefill a little faster and stalls the sequences that are decoding for longer.
 STEP_TOKENS = 128
 _BATCH_SIZES_KEPT = 100_000
+# Without work for so long, the cache's memory goes back to the system; faulting it in again costs about 1 ms a request.
+IDLE_RELEASE_S = 0.5
 
 
 class Engine:
@@ -28,7 +30,8 @@ class Engine:
         onnx_dir: the directory; InputError if it is missing, damaged or not what its manifest says.
         max_batch_size: most sequences computed at once; others wait.
         kv_cache_tokens: capacity of the key-value cache; by default max_batch_size * min(context, 2048). Memory becomes
-            resident as it is first used. A capacity below the model's context becomes the context.
+            resident as it is used, and is given back when there is nothing to do. A capacity below the model's context
+            becomes the context.
         threads: threads of the computation; by default one for each physical core.
 
     All methods may be called from any thread.
@@ -122,8 +125,11 @@ class Engine:
         """The engine's thread. The scheduler is touched here only, under the lock because `stats` reads it."""
         while True:
             with self._changed:
+                idle_for: float | None = IDLE_RELEASE_S
                 while not (self._closing or self._cancelled or self._submitted or self._unfinished()):
-                    self._changed.wait()
+                    if not self._changed.wait(idle_for):
+                        self._model.release_caches()
+                        idle_for = None
                 self._scheduler.waiting.extend(self._submitted)
                 self._submitted.clear()
                 if self._closing:

@@ -34,17 +34,29 @@ def blocks_for(tokens: int) -> int:
     return -(-tokens // BLOCK_TOKENS)
 
 
-def allocate_caches(layers: int, blocks: int, kv_heads: int, head_dim: int) -> list[np.ndarray]:
-    """Key and value caches of all layers: 2 * layers float32 arrays [blocks, BLOCK_TOKENS, kv_heads, head_dim], zero.
+class CacheMemory:
+    """Key and value caches of all layers: 2 * layers float32 `arrays` [blocks, BLOCK_TOKENS, kv_heads, head_dim].
 
     Pages become resident when they are first written. Huge pages are declined: they would make 2 MB per array resident
     for the first token.
     """
-    shape = (blocks, BLOCK_TOKENS, kv_heads, head_dim)
-    caches = []
-    for _ in range(2 * layers):
-        memory = mmap.mmap(-1, int(np.prod(shape)) * 4)
-        if hasattr(mmap, "MADV_NOHUGEPAGE"):
-            memory.madvise(mmap.MADV_NOHUGEPAGE)
-        caches.append(np.frombuffer(memory, np.float32).reshape(shape))
-    return caches
+
+    def __init__(self, layers: int, blocks: int, kv_heads: int, head_dim: int) -> None:
+        shape = (blocks, BLOCK_TOKENS, kv_heads, head_dim)
+        self._maps = [_private_memory(int(np.prod(shape)) * 4) for _ in range(2 * layers)]
+        self.arrays = [np.frombuffer(memory, np.float32).reshape(shape) for memory in self._maps]
+
+    def release(self) -> None:
+        """Give all pages back to the system; the caches read as zeros again."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            for memory in self._maps:
+                memory.madvise(mmap.MADV_DONTNEED)
+
+
+def _private_memory(size: int) -> mmap.mmap:
+    if not hasattr(mmap, "MAP_PRIVATE"):  # Windows
+        return mmap.mmap(-1, size)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return memory

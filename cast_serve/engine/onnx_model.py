@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
-from cast_serve.engine.kv_cache import BLOCK_TOKENS, allocate_caches, blocks_for
+from cast_serve.engine.kv_cache import BLOCK_TOKENS, CacheMemory, blocks_for
 from cast_serve.engine.library import executed
 from cast_serve.engine.manifest import Manifest, read_manifest
 from cast_serve.engine.scheduler import Chunk
@@ -88,6 +88,10 @@ class OnnxModel:
                 rows += 1
         return self._run(len(chunks), tokens, rows)
 
+    def release_caches(self) -> None:
+        """Give the caches' memory back to the system; only while no sequence holds blocks."""
+        self._caches.release()
+
     def _run(self, batch: int, tokens: int, rows: int) -> np.ndarray:
         lengths = {"input_ids": tokens, "logits_rows": rows, "block_table": batch, "past_lens": batch}
         lengths["cu_seqlens"] = batch + 1
@@ -117,7 +121,8 @@ class OnnxModel:
         if sorted(names) != sorted(manifest.inputs):
             raise InputError(f"{onnx_dir}: model.onnx and cast_onnx.json name different inputs: export the model again")
         self._has_positions = "position_ids" in names
-        caches = allocate_caches(manifest.num_layers, self.blocks, manifest.kv_num_heads, manifest.head_dim)
+        self._caches = CacheMemory(manifest.num_layers, self.blocks, manifest.kv_num_heads, manifest.head_dim)
+        caches = self._caches.arrays
         self._binding = self._session.io_binding()
         for layer in range(manifest.num_layers):
             for name, cache in zip(("key_cache", "value_cache"), caches[2 * layer : 2 * layer + 2], strict=True):

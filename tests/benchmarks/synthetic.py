@@ -52,14 +52,16 @@ def _model(role: Role) -> ServedModel:
 
 
 def _round(index: int, role: Role) -> Round:
+    resident = 500_000_000 if role == "dense" else 300_000_000
     return Round(
         index=index,
         role=role,
         levels=[
-            _level(c, 0.01 / (SPEEDUP[c] if role == "sparse" else 1.0) * (1 + 0.01 * index)) for c in CONCURRENCIES
+            _level(c, 0.01 / (SPEEDUP[c] if role == "sparse" else 1.0) * (1 + 0.01 * index), resident)
+            for c in CONCURRENCIES
         ],
         memory=Memory(
-            resident=500_000_000 if role == "dense" else 300_000_000,
+            resident=resident,
             peak_resident=600_000_000,
             unique=None,
             proportional=None,
@@ -71,10 +73,11 @@ def _round(index: int, role: Role) -> Round:
     )
 
 
-def _level(concurrency: int, token_s: float) -> Level:
+def _level(concurrency: int, token_s: float, resident: int) -> Level:
     starts = np.arange(4) * 11 * token_s
     return Level(
         concurrency=concurrency,
+        resident=resident + 10_000_000 * concurrency,
         samples=[
             RequestSample(
                 concurrency=concurrency,

@@ -56,8 +56,8 @@ def test_known_delays_are_measured(tmp_path: Path) -> None:
         assert GAP_S <= sample.tpot_s < GAP_S + 0.03
         assert sample.end_to_end_s >= sample.ttft_s + sum(sample.gaps_s)
         assert len(sample.gaps_s) == 10
-    one = Level(concurrency=1, samples=samples[:2]).tokens_per_s
-    three = Level(concurrency=3, samples=samples[2:]).tokens_per_s
+    one = Level(concurrency=1, samples=samples[:2], resident=1).tokens_per_s
+    three = Level(concurrency=3, samples=samples[2:], resident=1).tokens_per_s
     assert 0.5 < one / (11 / (FIRST_S + 10 * GAP_S)) <= 1
     assert 2 < three / one < 4  # three users wait at the same time
 
@@ -95,6 +95,7 @@ def test_both_servers_take_turns(tmp_path: Path) -> None:
     assert result.models["sparse"].sparse_layers == 7
     assert result.rounds[0].memory.reported == 15_000_000
     assert result.rounds[0].memory.resident > 1e6
+    assert all(level.resident > 1e6 for r in result.rounds for level in r.levels)
     assert all(len(level.succeeded) == 4 for r in result.rounds for level in r.levels)
     assert all(s.prompt_tokens == 5 for r in result.rounds for level in r.levels for s in level.samples)
     dense, sparse = (result.levels_of(role, 1)[0].tokens_per_s for role in ("dense", "sparse"))

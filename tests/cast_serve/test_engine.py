@@ -230,6 +230,16 @@ def test_a_small_cache_makes_requests_wait_and_changes_no_token(engine: Engine, 
         small.close()
 
 
+def test_an_idle_engine_gives_cache_memory_back_and_goes_on(engine: Engine) -> None:
+    caches = engine._model._caches.arrays
+    expected = tokens(engine, prompt(40), GREEDY)
+    wait_until(lambda: not any(cache.any() for cache in caches))
+    generation = engine.submit(prompt(40), GREEDY)
+    found = [event.token_id for event in generation]
+    assert all(cache.any() for cache in caches)
+    assert found == expected
+
+
 def test_a_failing_step_fails_its_requests_and_no_others(onnx_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Engine(onnx_dir, max_batch_size=2)
     run = engine._model.run
