@@ -103,15 +103,22 @@ def pipeline(
     from benchmarks.load.measurements import BenchResult
     from benchmarks.pipeline.run import StageFailed, run_stages
     from benchmarks.pipeline.stages import Outputs, stages
+    from benchmarks.pipeline.texts import check_texts
     from benchmarks.report.quality import Quality
     from benchmarks.report.summary import summary_table
+    from conversion.families import family_of
     from conversion.hub import local_model
+    from conversion.model_config import read_config
 
     _stop_on_sigterm()
     for text in (data, heldout):
         if not text.exists():
             raise InputError(f"there is no text {text}: give a .txt, .jsonl or .parquet file")
+    check_texts(data, heldout)
     directory = local_model(source)
+    family_of(read_config(directory)["model_type"])
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out} is a file: choose a directory as output")
     out.mkdir(parents=True, exist_ok=True)
     console = Console()
     try:

@@ -78,9 +78,9 @@ def train(
     from cast_train.training import train as train_model
 
     transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
     if method != "cast":
-        prune_directory(source, data, out, method, config)
+        prune_directory(source, data, out, method, config, overwrite)
+        print(f"saved {out}")
         return
     train_model(source, data, out, config, resume=resume, force=force, overwrite=overwrite)
 
@@ -88,7 +88,10 @@ def train(
 def evaluate(
     models: Annotated[list[Path], typer.Argument(help="Model directories to score, dense or packed.")],
     data: Annotated[Path, typer.Option(help="Held-out text: .txt, .jsonl or .parquet file.")],
-    context: Annotated[int, typer.Option(help="Tokens per window.", min=2)] = 1024,
+    context: Annotated[
+        int | None,
+        typer.Option(help="Tokens per window; default: 1024, or the models' context if that is shorter.", min=2),
+    ] = None,
     tokens: Annotated[int, typer.Option(help="Most tokens of the text to score.", min=2)] = 50_176,
     json: Annotated[Path | None, typer.Option(help="File to write the results to.")] = None,
 ) -> None:

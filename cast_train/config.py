@@ -52,7 +52,7 @@ class CastConfig(BaseModel):
     batch_tokens: int = Field(256 * 4096, ge=1)
     """Tokens per step, over all devices."""
     block_length: int = Field(4096, ge=2)
-    """Tokens per training sequence."""
+    """Tokens per training sequence; a model with a shorter context gets shorter ones."""
     steps: int | None = Field(None, ge=1)
     """Optimizer steps; give this or `tokens`."""
     tokens: int | None = Field(None, ge=1)
@@ -100,6 +100,13 @@ class CastConfig(BaseModel):
             values.pop("steps", None)
             values.pop("tokens", None)
         return cls(**{**values, **changes})
+
+    def within_context(self, context: int) -> "CastConfig":
+        """Return these settings with blocks of at most `context` tokens that still divide batch_tokens."""
+        if self.block_length <= context:
+            return self
+        length = next(n for n in range(context, 0, -1) if self.batch_tokens % n == 0)
+        return CastConfig(**self.model_dump() | {"block_length": length})
 
     @property
     def blocks_per_step(self) -> int:

@@ -8,19 +8,17 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from rich.progress import Progress
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from cast_train.text import Source, open_sources
 from conversion.errors import InputError
+from conversion.progress import shown_progress
 
-SUFFIXES = (".txt", ".jsonl", ".parquet")
-_PIECE = 1 << 18  # characters of a text file that are tokenized together
 _BATCH = 1 << 20  # characters handed to the tokenizer at once
 _CACHE_VERSION = 1
 
@@ -92,7 +90,7 @@ def load_tokens(
     """
     if tokenizer.eos_token_id is None:
         raise InputError("the tokenizer has no EOS token to end documents with: set eos_token in its tokenizer_config")
-    sources = [source for entry in data for source in _resolve(entry)]
+    sources = [source for entry in data for source in open_sources(entry)]
     if not sources:
         raise InputError("no training text was given")
     fingerprint = _hash(str(_CACHE_VERSION), _tokenizer_hash(tokenizer), *(source.fingerprint() for source in sources))
@@ -116,146 +114,12 @@ def load_tokens(
     return TokenCache(tokens, fingerprint)
 
 
-def read_documents(data: Sequence[str | Path]) -> Iterator[str]:
-    """Yield the documents of `data`, named as for `load_tokens`, one string each."""
-    for source in (source for entry in data for source in _resolve(str(entry))):
-        parts: list[str] = []
-        for text, ends, _ in source.pieces():
-            parts.append(text)
-            if ends:
-                yield "".join(parts)
-                parts = []
-
-
-class _Source:
-    """Documents of one origin."""
-
-    def fingerprint(self) -> str:
-        raise NotImplementedError
-
-    def size(self) -> int:
-        """Total of the amounts that `pieces` yields, for the progress bar."""
-        raise NotImplementedError
-
-    def pieces(self) -> Iterator[tuple[str, bool, int]]:
-        """Yield (text, whether a document ends with it, its share of size())."""
-        raise NotImplementedError
-
-
-class _TextFile(_Source):
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def fingerprint(self) -> str:
-        with self.path.open("rb") as file:
-            return self.path.suffix + hashlib.file_digest(file, "sha256").hexdigest()
-
-    def size(self) -> int:
-        return self.path.stat().st_size
-
-    def pieces(self) -> Iterator[tuple[str, bool, int]]:
-        lines: list[str] = []
-        length = 0
-        try:
-            with self.path.open(encoding="utf-8") as file:
-                for line in file:
-                    if length >= _PIECE:
-                        yield "".join(lines), False, length
-                        lines, length = [], 0
-                    lines.append(line)
-                    length += len(line)
-        except UnicodeDecodeError as error:
-            raise InputError(f"{self.path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
-        yield "".join(lines), True, length
-
-
-class _JsonLines(_TextFile):
-    def pieces(self) -> Iterator[tuple[str, bool, int]]:
-        with self.path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line)
-                except ValueError:
-                    raise InputError(f"{self.path}, line {number}: not valid JSON") from None
-                text = row.get("text") if isinstance(row, dict) else None
-                if not isinstance(text, str):
-                    raise InputError(f'{self.path}, line {number}: no "text" field that holds a string')
-                yield text, True, len(line)
-
-
-class _Parquet(_TextFile):
-    def pieces(self) -> Iterator[tuple[str, bool, int]]:
-        import pyarrow
-        import pyarrow.parquet
-
-        try:
-            file = pyarrow.parquet.ParquetFile(self.path)
-        except pyarrow.ArrowInvalid:
-            raise InputError(f"{self.path} is not a parquet file") from None
-        if "text" not in file.schema_arrow.names:
-            raise InputError(f'{self.path} has no "text" column, only {", ".join(file.schema_arrow.names)}')
-        share = self.size() // max(1, file.metadata.num_rows)
-        for batch in file.iter_batches(columns=["text"]):
-            for text in batch.column(0).to_pylist():
-                if text is not None:
-                    yield text, True, share
-
-
-class _HubDataset(_Source):
-    def __init__(self, name: str) -> None:
-        import datasets
-
-        try:
-            self._rows: Any = datasets.load_dataset(name, split="train")
-        except Exception as error:
-            raise InputError(
-                f"'{name}' is neither a file or directory here nor a dataset that the hub gives: {error}"
-            ) from None
-        if "text" not in self._rows.column_names:
-            raise InputError(f'dataset {name} has no "text" column, only {", ".join(self._rows.column_names)}')
-
-    def fingerprint(self) -> str:
-        return self._rows._fingerprint
-
-    def size(self) -> int:
-        return len(self._rows)
-
-    def pieces(self) -> Iterator[tuple[str, bool, int]]:
-        for row in self._rows:
-            yield row["text"], True, 1
-
-
-def _resolve(entry: str) -> list[_Source]:
-    path = Path(entry)
-    if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES)
-        if not files:
-            raise InputError(f"{path} holds no {', '.join(SUFFIXES)} file")
-        return [_file_source(file) for file in files]
-    if path.is_file():
-        return [_file_source(path)]
-    if path.suffix in SUFFIXES or path.is_absolute() or entry.startswith("."):
-        raise InputError(f"{path} does not exist")
-    return [_HubDataset(entry)]
-
-
-def _file_source(path: Path) -> _Source:
-    readers = {".txt": _TextFile, ".jsonl": _JsonLines, ".parquet": _Parquet}
-    if path.suffix not in readers:
-        raise InputError(f"{path} is no {', '.join(SUFFIXES)} file")
-    if path.stat().st_size == 0:
-        raise InputError(f"{path} is empty")
-    return readers[path.suffix](path)
-
-
-def _tokenize(sources: list[_Source], tokenizer: PreTrainedTokenizerBase, directory: Path, progress: bool) -> None:
+def _tokenize(sources: list[Source], tokenizer: PreTrainedTokenizerBase, directory: Path, progress: bool) -> None:
     """Write tokens.bin and meta.json into `directory`. InputError if there is no token."""
     dtype = np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32
     total = 0
-    with Progress(disable=not progress) as bar, (directory / "tokens.bin").open("wb") as out:
-        task = bar.add_task("tokenizing", total=sum(source.size() for source in sources))
+    size = sum(source.size() for source in sources)
+    with shown_progress("tokenizing", size, progress) as advance, (directory / "tokens.bin").open("wb") as out:
         for batch in _batches(piece for source in sources for piece in source.pieces()):
             encoded = tokenizer([text for text, _, _ in batch], add_special_tokens=False)["input_ids"]
             for ids, (_, ends, _) in zip(encoded, batch, strict=True):
@@ -263,7 +127,7 @@ def _tokenize(sources: list[_Source], tokenizer: PreTrainedTokenizerBase, direct
                     ids.append(tokenizer.eos_token_id)
                 np.asarray(ids, dtype=dtype).tofile(out)
                 total += len(ids)
-            bar.update(task, advance=sum(amount for _, _, amount in batch))
+            advance(sum(amount for _, _, amount in batch))
     if total == 0:
         raise InputError("the training text is empty")
     (directory / "meta.json").write_text(json.dumps({"dtype": np.dtype(dtype).name, "tokens": total}))

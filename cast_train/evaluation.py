@@ -8,23 +8,39 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from cast_train.dataset import read_documents
+from cast_train.text import read_documents
 from conversion.atomic import write_text
-from conversion.dense_model import dense_model
+from conversion.dense_model import context_length, dense_model
 from conversion.errors import InputError
 from conversion.packed_checkpoint import open_checkpoint
+from conversion.progress import track
+
+DEFAULT_CONTEXT = 1024
 
 
-def evaluate(models: Sequence[Path], data: Path, context: int, tokens: int) -> dict[str, Any]:
+def evaluate(models: Sequence[Path], data: Path, context: int | None, tokens: int) -> dict[str, Any]:
     """Score every model directory, dense or packed, on the same windows of `data`; print and return the results.
+
+    Args:
+        models: directories of checkpoints.
+        data: held-out text, see `cast_train.text`.
+        context: tokens per window; None takes 1024, or the shortest context of the models if that is shorter.
+        tokens: most tokens of the text to score.
 
     Returns:
         {"models": {directory: {"perplexity", "tokens" (predicted), "context"}}, "data": path}
+
+    Raises:
+        InputError: a model is missing or damaged, its context is shorter than `context`, or the text is too short.
     """
+    shortest = min((context_length(open_checkpoint(directory)), directory) for directory in models)
+    if context is None:
+        context = min(DEFAULT_CONTEXT, shortest[0])
+    elif context > shortest[0]:
+        raise InputError(f"{shortest[1]} has a context of {shortest[0]} tokens: use windows of at most that many")
     results: dict[str, Any] = {}
     table = Table("model", "perplexity", title=f"{data.name}: windows of {context} tokens")
     texts = list(read_documents([data]))
@@ -75,10 +91,9 @@ def perplexity(model: PreTrainedModel, windows: torch.Tensor, description: str =
     training = model.training
     model.eval()
     total = 0.0
-    with Progress(transient=True) as progress:
-        for window in progress.track(windows, description=description):
-            logits = model(window[None].to(model.device), use_cache=False).logits[0, :-1]
-            log_probs = torch.log_softmax(logits.float(), dim=-1)
-            total -= log_probs.gather(1, window[1:, None].to(model.device)).double().sum().item()
+    for window in track(windows.unbind(), description):
+        logits = model(window[None].to(model.device), use_cache=False).logits[0, :-1]
+        log_probs = torch.log_softmax(logits.float(), dim=-1)
+        total -= log_probs.gather(1, window[1:, None].to(model.device)).double().sum().item()
     model.train(training)
     return math.exp(total / (windows.shape[0] * (windows.shape[1] - 1)))

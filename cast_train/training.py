@@ -26,11 +26,12 @@ from cast_train.run import Run, source_hash
 from cast_train.saving import save_model
 from cast_train.sparse_model import finalize, is_transposed, scope, sparsify
 from cast_train.trainer import CastTrainer, last_checkpoint, training_arguments
-from conversion.atomic import new_directory
+from conversion.atomic import check_target, new_directory
 from conversion.checkpoint import Checkpoint
-from conversion.dense_model import dense_model
+from conversion.dense_model import context_length, dense_model
 from conversion.errors import InputError
 from conversion.hub import local_model
+from conversion.progress import without_transformers_bars
 
 _REPORT_TOKENS = 8192  # on which the loss before and after the cut is measured
 
@@ -54,7 +55,7 @@ def train(
         source: directory or hub id of a dense causal LM with safetensors weights.
         data: see `cast_train.dataset.load_tokens`.
         out: directory to make.
-        config: method and budget.
+        config: method and budget; blocks longer than the model's context are shortened to it.
         resume: continue a run that was interrupted, if there is one.
         force: train although the decay budget is hopeless.
         overwrite: replace `out` if it exists, when the new one is complete.
@@ -65,13 +66,13 @@ def train(
     """
     console = Console(highlight=False, soft_wrap=True, quiet=int(os.environ.get("RANK", 0)) > 0)
     out = Path(out)
-    if out.exists() and not overwrite:
-        raise InputError(f"{out} already exists: choose another output directory or pass --overwrite")
 
     # Load
     directory = local_model(source)
+    check_target(out, overwrite, directory)
     dense = Checkpoint(directory)
     tokenizer = AutoTokenizer.from_pretrained(directory)
+    config = config.within_context(context_length(dense))
     tokens = load_tokens(data, tokenizer, cache_dir)
     blocks = TokenBlocks(tokens, config.block_length, config.total_steps * config.blocks_per_step, config.seed)
     identity = {"config": config.model_dump(), "data": tokens.fingerprint, "source": source_hash(directory)}
@@ -80,7 +81,8 @@ def train(
     student = dense_model(dense, torch.float32)
     teacher = dense_model(dense, torch.float32) if config.eta > 0 else None
     console.print(
-        f"{config.total_steps} steps of {config.batch_tokens} tokens from a text of {len(tokens.tokens)} tokens"
+        f"{config.total_steps} steps of {config.blocks_per_step} x {config.block_length} tokens from a text of "
+        f"{len(tokens.tokens)} tokens"
     )
 
     # Start from the dense weights, or from one-shot pruned ones
@@ -88,7 +90,6 @@ def train(
         calibration = calibration_samples(tokens, config) if config.warm_start != "magnitude" else None
         prune(student, config.warm_start, calibration, shrink=config.shrink)
     student = sparsify(student, config)
-    transformers.utils.logging.disable_progress_bar()  # of checkpoints
     trainer = CastTrainer(
         student,
         config,
@@ -117,7 +118,8 @@ def train(
     # Train
     if checkpoint is not None:
         console.print(f"continuing from {checkpoint}")
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    with without_transformers_bars():  # of checkpoints
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
 
     # Cut, and see what it costs
     before = report_loss(trainer, blocks)
@@ -140,7 +142,7 @@ def train(
     }
     trainer.accelerator.wait_for_everyone()  # have read the metrics before they are removed
     if trainer.is_world_process_zero():
-        with new_directory(out, overwrite) as building:
+        with new_directory(out, overwrite, directory) as building:
             save_model(student, tokenizer, directory, building)
             shutil.copy(run.metrics, building)
             plot_metrics(metrics, building / "training.png", f"CAST training of {directory.name}")

@@ -10,6 +10,16 @@ from pathlib import Path
 from conversion.errors import InputError
 
 
+def check_target(target: Path, overwrite: bool = False, source: Path | None = None) -> None:
+    """Raise the InputError that `new_directory` would, without making anything."""
+    if source is not None and source.resolve().is_relative_to(target.resolve()):
+        raise InputError(f"writing {target} would replace its source {source}: choose another output directory")
+    if target.exists() and not overwrite:
+        raise InputError(f"{target} already exists: choose another output directory or pass --overwrite")
+    if target.exists() and not target.is_dir():
+        raise InputError(f"{target} is a file: choose a directory as output")
+
+
 @contextmanager
 def new_directory(target: Path, overwrite: bool = False, source: Path | None = None) -> Iterator[Path]:
     """Yield a directory beside `target` that takes its name if the body succeeds and is deleted if it does not.
@@ -18,13 +28,8 @@ def new_directory(target: Path, overwrite: bool = False, source: Path | None = N
         InputError: `target` exists and `overwrite` is false; with `overwrite` the old one is replaced at the very end,
             unless that would delete `source`.
     """
+    check_target(target, overwrite, source)
     target = target.absolute()
-    if source is not None and source.resolve().is_relative_to(target.resolve()):
-        raise InputError(f"writing {target} would replace its source {source}: choose another output directory")
-    if target.exists() and not overwrite:
-        raise InputError(f"{target} already exists: choose another output directory or pass --overwrite")
-    if target.exists() and not target.is_dir():
-        raise InputError(f"{target} is a file: choose a directory as output")
     target.parent.mkdir(parents=True, exist_ok=True)
     building = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:

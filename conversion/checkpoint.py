@@ -1,6 +1,5 @@
 """A Hugging Face checkpoint directory, read lazily: its config, its family's scope, its dense tensors."""
 
-import json
 from collections.abc import Callable, Iterable
 from functools import cached_property, reduce
 from pathlib import Path
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from conversion.errors import InputError
 from conversion.families import Family, family_of, in_scope
+from conversion.model_config import read_config
 from conversion.packed import pack24
 from conversion.shards import Shards
 
@@ -28,22 +28,6 @@ COMPANION_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-
-
-def read_config(directory: Path) -> dict[str, Any]:
-    """The config.json of a model directory; InputError if there is none or it names no model type."""
-    if not directory.is_dir():
-        raise InputError(f"{directory} is not a directory: give the path of a model directory")
-    path = directory / "config.json"
-    if not path.is_file():
-        raise InputError(f"{directory} holds no config.json: give the path of a model directory")
-    try:
-        config = json.loads(path.read_text())
-    except ValueError:
-        raise InputError(f"{path} is not valid JSON: copy the checkpoint again") from None
-    if not isinstance(config, dict) or "model_type" not in config:
-        raise InputError(f"{path} names no model_type: give the path of a model directory")
-    return config
 
 
 class Checkpoint:

@@ -11,6 +11,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PretrainedConf
 from conversion.checkpoint import Checkpoint
 from conversion.errors import InputError
 from conversion.packed_checkpoint import PackedCheckpoint
+from conversion.progress import without_transformers_bars
 
 
 def dense_config(checkpoint: Checkpoint | PackedCheckpoint) -> PretrainedConfig:
@@ -19,6 +20,12 @@ def dense_config(checkpoint: Checkpoint | PackedCheckpoint) -> PretrainedConfig:
     fields.pop("quantization_config", None)
     config: PretrainedConfig = AutoConfig.for_model(**fields)
     return config
+
+
+def context_length(checkpoint: Checkpoint | PackedCheckpoint) -> int:
+    """The most tokens that the model's positions reach."""
+    context: int = dense_config(checkpoint).max_position_embeddings
+    return context
 
 
 def dense_model(
@@ -67,9 +74,8 @@ def _quiet_loading() -> Iterator[None]:
 
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity(logging.CRITICAL)
-    transformers_logging.disable_progress_bar()
     try:
-        yield
+        with without_transformers_bars():
+            yield
     finally:
         transformers_logging.set_verbosity(verbosity)
-        transformers_logging.enable_progress_bar()

@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from conversion.checkpoint import Checkpoint, read_config
+from conversion.checkpoint import Checkpoint
 from conversion.errors import InputError
+from conversion.model_config import read_config
 from conversion.packed import VALUES_SUFFIX
 from conversion.packed_checkpoint import PackedCheckpoint, open_checkpoint
 from conversion.progress import byte_progress

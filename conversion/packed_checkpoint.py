@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from conversion.checkpoint import Checkpoint, check_complete, read_config, widest
+from conversion.checkpoint import Checkpoint, check_complete, widest
 from conversion.errors import InputError
 from conversion.families import Family, family_of
+from conversion.model_config import read_config
 from conversion.packed import BITMASK_SUFFIX, PATTERN, VALUES_SUFFIX, bitmask_nibbles, unpack24
 from conversion.shards import Shards, tensor_bytes
 

@@ -13,12 +13,14 @@ from cast_train.oneshot.prune import METHODS, prune
 from cast_train.saving import save_model
 from conversion.atomic import new_directory
 from conversion.checkpoint import Checkpoint
-from conversion.dense_model import dense_model
+from conversion.dense_model import context_length, dense_model
 from conversion.errors import InputError
 from conversion.hub import local_model
 
 
-def prune_directory(source: str | Path, data: Sequence[str], out: Path, method: str, config: CastConfig) -> None:
+def prune_directory(
+    source: str | Path, data: Sequence[str], out: Path, method: str, config: CastConfig, overwrite: bool = False
+) -> None:
     """Prune the model `source` with `method` and save it, float32, to the new directory `out`.
 
     Of `config` only calibration_tokens, block_length and seed matter. InputError if anything given is wrong.
@@ -26,8 +28,10 @@ def prune_directory(source: str | Path, data: Sequence[str], out: Path, method: 
     if method not in METHODS:
         raise InputError(f"unknown method '{method}': use cast, {', '.join(METHODS)}")
     directory = local_model(source)
-    with new_directory(out) as building:
-        model = dense_model(Checkpoint(directory), torch.float32)
+    with new_directory(out, overwrite, directory) as building:
+        dense = Checkpoint(directory)
+        config = config.within_context(context_length(dense))
+        model = dense_model(dense, torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(directory)
         calibration = None if method == "magnitude" else calibration_samples(load_tokens(data, tokenizer), config)
         prune(model, method, calibration)

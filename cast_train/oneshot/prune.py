@@ -1,18 +1,17 @@
 """Walk the transformer blocks: collect each linear's inputs behind the blocks already pruned, then prune it."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
-from rich.progress import track
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from cast_train.oneshot.magnitude import magnitude
 from cast_train.oneshot.sparsegpt import sparsegpt
 from cast_train.oneshot.wanda import wanda
+from cast_train.sparse_model import is_transposed, scope
 from conversion.errors import InputError
+from conversion.progress import track
 
 METHODS = ("magnitude", "wanda", "sparsegpt")
 CALIBRATED = {"wanda": wanda, "sparsegpt": sparsegpt}
@@ -25,7 +24,7 @@ class _FirstBlockReached(Exception):
 
 @torch.no_grad()
 def prune(model: PreTrainedModel, method: str, calibration: torch.Tensor | None = None, shrink: float = 0.0) -> None:
-    """Prune every linear of the blocks in place.
+    """Prune every linear in scope in place.
 
     Args:
         model: a float32 causal language model.
@@ -38,9 +37,9 @@ def prune(model: PreTrainedModel, method: str, calibration: torch.Tensor | None 
     """
     if method not in METHODS:
         raise InputError(f"unknown one-shot method '{method}': use one of {', '.join(METHODS)}")
-    layers = transformer_blocks(model)
+    linears: set[nn.Module] = {module for _, module in scope(model)}
     if method == "magnitude":
-        for linear in (linear for layer in layers for linear in linears(layer)):
+        for linear in linears:
             _write(linear, magnitude(_read(linear), shrink))
         return
     if calibration is None:
@@ -49,35 +48,32 @@ def prune(model: PreTrainedModel, method: str, calibration: torch.Tensor | None 
     training = model.training
     model.eval()
     batches = calibration.split(SEQUENCES_PER_FORWARD)
-    inputs = [_first_block_inputs(model, layers[0], batch) for batch in batches]
-    for layer in track(layers, description=f"{method}: pruning blocks"):
-        grams = _gram_matrices(layer, inputs)
-        for linear in linears(layer):
+    blocks = transformer_blocks(model)
+    inputs = [_first_block_inputs(model, blocks[0], batch) for batch in batches]
+    for block in track(blocks, f"{method}: pruning blocks"):
+        own = [module for module in block.modules() if module in linears]
+        grams = _gram_matrices(block, own, inputs)
+        for linear in own:
             _write(linear, CALIBRATED[method](_read(linear), grams[linear], shrink))
-        inputs = [((_forward(layer, args, kwargs), *args[1:]), kwargs) for args, kwargs in inputs]
+        inputs = [((_forward(block, args, kwargs), *args[1:]), kwargs) for args, kwargs in inputs]
     model.train(training)
 
 
-def transformer_blocks(model: PreTrainedModel) -> nn.ModuleList:
-    """Return the list of transformer blocks, which every supported family holds as one ModuleList."""
+def transformer_blocks(model: PreTrainedModel) -> list[nn.Module]:
+    """Return the transformer blocks, which every supported family holds as one ModuleList."""
     count = model.config.num_hidden_layers
-    return next(m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count)
+    return list(next(m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count))
 
 
-def linears(layer: nn.Module) -> Iterator[nn.Linear | Conv1D]:
-    """Yield the linears of one block whose input size allows packing (a multiple of 8)."""
-    for module in layer.modules():
-        if isinstance(module, nn.Linear | Conv1D) and _read(module).shape[1] % 8 == 0:
-            yield module
-
-
-def _read(linear: nn.Linear | Conv1D) -> torch.Tensor:
+def _read(linear: nn.Module) -> torch.Tensor:
     """The weight as [out, in] whatever the module stores."""
-    return linear.weight.T if isinstance(linear, Conv1D) else linear.weight
+    weight = linear.weight
+    assert isinstance(weight, torch.Tensor)
+    return weight.T if is_transposed(linear) else weight
 
 
-def _write(linear: nn.Linear | Conv1D, weight: torch.Tensor) -> None:
-    linear.weight.copy_(weight.T if isinstance(linear, Conv1D) else weight)
+def _write(linear: nn.Module, weight: torch.Tensor) -> None:
+    _read(linear).copy_(weight)
 
 
 def _first_block_inputs(
@@ -97,28 +93,28 @@ def _first_block_inputs(
 
 
 def _gram_matrices(
-    layer: nn.Module, inputs: list[tuple[tuple[Any, ...], dict[str, Any]]]
-) -> dict[nn.Linear | Conv1D, torch.Tensor]:
+    block: nn.Module, linears: list[nn.Module], inputs: list[tuple[tuple[Any, ...], dict[str, Any]]]
+) -> dict[nn.Module, torch.Tensor]:
     """Return X^T X [K, K] of each linear's inputs; linears that read the same tensor (q, k, v) share one matrix."""
-    grams: dict[nn.Linear | Conv1D, torch.Tensor] = {}
+    grams: dict[nn.Module, torch.Tensor] = {}
     last: tuple[torch.Tensor, torch.Tensor] | None = None
 
-    def accumulate(module: nn.Linear | Conv1D, args: tuple[Any, ...]) -> None:
+    def accumulate(module: nn.Module, args: tuple[Any, ...]) -> None:
         nonlocal last
         if last is None or last[0] is not args[0]:
             x_TK = args[0].reshape(-1, args[0].shape[-1])
             last = (args[0], x_TK.T @ x_TK)
         grams[module] = grams[module] + last[1] if module in grams else last[1]
 
-    handles = [linear.register_forward_pre_hook(accumulate) for linear in linears(layer)]
+    handles = [linear.register_forward_pre_hook(accumulate) for linear in linears]
     for args, kwargs in inputs:
-        _forward(layer, args, kwargs)
+        _forward(block, args, kwargs)
         last = None
     for handle in handles:
         handle.remove()
     return grams
 
 
-def _forward(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
-    output = layer(*args, **kwargs)
+def _forward(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    output = block(*args, **kwargs)
     return output[0] if isinstance(output, tuple) else output

@@ -1,5 +1,6 @@
 """Reuse and failure of stages, with scripts in place of the real commands."""
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from rich.console import Console
 
 from benchmarks.pipeline.run import StageFailed, run_stages
 from benchmarks.pipeline.stages import Preset, Stage, stages
+from benchmarks.pipeline.texts import check_texts
 from conversion.errors import InputError
 from conversion.hub import local_model
 
@@ -82,3 +84,19 @@ def test_a_source_that_is_nowhere_is_refused(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(InputError, match="'no/such-model' is no local directory"):
         local_model("no/such-model")
+
+
+def documents(path: Path, *texts: str) -> Path:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+def test_held_out_text_that_was_trained_on_is_refused(tmp_path: Path) -> None:
+    data = documents(tmp_path / "train.jsonl", "one", "two", "three")
+    check_texts(data, documents(tmp_path / "other.jsonl", "four", "five"))
+    with pytest.raises(InputError, match=r"1 of 2 held-out documents of .*heldout.jsonl are in the training text"):
+        check_texts(data, documents(tmp_path / "heldout.jsonl", "four", "two\n"))
+    with pytest.raises(InputError, match="3 of 3 held-out"):
+        check_texts(tmp_path, data)
+    with pytest.raises(InputError, match="is empty"):
+        check_texts(data, documents(tmp_path / "blank.jsonl", "", "\n"))

@@ -1,14 +1,16 @@
 """Perplexity is what transformers itself says."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
-from cast_train.evaluation import heldout_windows, perplexity
+from cast_train.evaluation import evaluate, heldout_windows, perplexity
 from conversion.errors import InputError
+from tests.cast_train.tiny import save_model, write_text
 
 
 @pytest.fixture
@@ -30,6 +32,16 @@ def test_perplexity_equals_the_loss_of_transformers(tokenizer: PreTrainedTokeniz
     with torch.no_grad():
         losses = [model(w[None], labels=w[None]).loss.double().item() for w in windows]
     assert perplexity(model, windows) == pytest.approx(math.exp(sum(losses) / 10), rel=1e-6)
+
+
+def test_windows_are_no_longer_than_any_models_context(tmp_path: Path) -> None:
+    short = save_model(tmp_path / "short", "gpt2")  # 64 positions, and a 65th would be out of its table
+    text = write_text(tmp_path / "text.txt", characters=400)
+    (result,) = evaluate([short], text, None, 200)["models"].values()
+    assert result["context"] == 64
+    assert result["tokens"] == 3 * 63
+    with pytest.raises(InputError, match="short has a context of 64 tokens"):
+        evaluate([short], text, 65, 200)
 
 
 def test_text_shorter_than_a_window_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:

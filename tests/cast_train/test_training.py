@@ -102,6 +102,13 @@ def test_trains_in_bf16_without_a_teacher_and_with_frozen_embeddings(llama: Sett
     assert not torch.equal(after["model.norm.weight"], before["model.norm.weight"])
 
 
+def test_blocks_are_shortened_to_the_models_context(tmp_path: Path) -> None:
+    setting = Setting(tmp_path, "opt")  # 64 positions
+    summary = setting.train("out", config(batch_tokens=192, block_length=96, steps=2, shrink=0.0))
+    assert summary["config"]["block_length"] == 64
+    assert summary["trained_tokens"] == 2 * 192
+
+
 # Runs `train` with the arguments of its first argument, and is killed (SIGKILL) where the second one says.
 KILLED_RUN = """
 import json, os, pathlib, signal, sys
@@ -337,3 +344,21 @@ def test_command_line(llama: Setting, monkeypatch: pytest.MonkeyPatch, capsys: p
         with pytest.raises(RuntimeError, match="2"):
             cast(monkeypatch, *arguments, *bad)
         assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_one_shot_command_line(
+    llama: Setting, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(llama.root / "cache"))
+    out = llama.root / "out"
+    arguments = ["train", str(llama.source), "--data", str(llama.text), "--out", str(out), "--method", "wanda"]
+    cast(monkeypatch, *arguments)
+    assert capsys.readouterr() == (f"saved {out}\n", "")  # no bars where there is no terminal
+    assert_exactly_2of4(out)
+    with pytest.raises(RuntimeError, match="2"):
+        cast(monkeypatch, *arguments)
+    assert "pass --overwrite" in capsys.readouterr().err
+    cast(monkeypatch, *arguments, "--overwrite")
+    with pytest.raises(RuntimeError, match="2"):
+        cast(monkeypatch, *arguments[:4], "--out", str(llama.source), "--overwrite")
+    assert "would replace its source" in capsys.readouterr().err
