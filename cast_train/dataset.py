@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from cast_train.text import Source, open_sources
 from conversion.errors import InputError
 from conversion.progress import shown_progress
+from conversion.text import Source, open_sources
 
 _BATCH = 1 << 20  # characters handed to the tokenizer at once
 _CACHE_VERSION = 1

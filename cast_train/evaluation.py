@@ -11,12 +11,12 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from cast_train.text import read_documents
 from conversion.atomic import write_text
 from conversion.dense_model import context_length, dense_model
 from conversion.errors import InputError
 from conversion.packed_checkpoint import open_checkpoint
 from conversion.progress import track
+from conversion.text import read_documents
 
 DEFAULT_CONTEXT = 1024
 
@@ -26,7 +26,7 @@ def evaluate(models: Sequence[Path], data: Path, context: int | None, tokens: in
 
     Args:
         models: directories of checkpoints.
-        data: held-out text, see `cast_train.text`.
+        data: held-out text, see `conversion.text`.
         context: tokens per window; None takes 1024, or the shortest context of the models if that is shorter.
         tokens: most tokens of the text to score.
 

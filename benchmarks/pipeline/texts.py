@@ -3,8 +3,8 @@
 import hashlib
 from pathlib import Path
 
-from cast_train.text import read_documents
 from conversion.errors import InputError
+from conversion.text import read_documents
 
 
 def check_texts(data: Path, heldout: Path) -> None:

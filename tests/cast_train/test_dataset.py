@@ -9,9 +9,10 @@ import pyarrow.parquet
 import pytest
 
 import cast_train.dataset
+import conversion.text
 from cast_train.dataset import TokenBlocks, load_tokens
-from cast_train.text import read_documents
 from conversion.errors import InputError
+from conversion.text import read_documents
 from tests.cast_train.tiny import EOS, tokenizer, write_text
 
 TEXTS = ["first text", "second", "the third one"]
@@ -43,7 +44,7 @@ def test_documents_are_joined_by_eos(suffix: str, tmp_path: Path) -> None:
 
 
 def test_a_long_text_is_one_document_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cast_train.text, "_PIECE", 50)
+    monkeypatch.setattr(conversion.text, "_PIECE", 50)
     text = "".join(f"line {i} of many\n" for i in range(40))
     (tmp_path / "long.txt").write_text(text)
     ids = load_tokens([str(tmp_path / "long.txt")], tokenizer(), tmp_path / "cache", progress=False).tokens.tolist()
