@@ -76,22 +76,26 @@ def _scaled(weight: Tensor, scale: Tensor, transposed: bool, dtype: torch.dtype)
 
 
 class _ScaledMatmul(torch.autograd.Function):
-    """y = x @ (A * W)^T in x's dtype; the gradients of W and A share one product, in W's dtype."""
+    """y = x @ (A * W)^T in x's dtype; the gradients of W and A share one product, in W's dtype.
+
+    A * W is made again in the backward pass: kept, it would take as much memory as the whole model in that dtype.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor, transposed: bool) -> Tensor:
         scaled = _scaled(weight, scale, transposed, x.dtype)
-        ctx.save_for_backward(x, weight, scale, scaled)
+        ctx.save_for_backward(x, weight, scale)
         ctx.transposed = transposed
         return x @ scaled if transposed else F.linear(x, scaled)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
-        x, weight, scale, scaled = ctx.saved_tensors
+        x, weight, scale = ctx.saved_tensors
         (grad_y,) = grad_outputs
         transposed: bool = ctx.transposed
         grad_x = grad_weight = grad_scale = None
         if ctx.needs_input_grad[0]:
+            scaled = _scaled(weight, scale, transposed, x.dtype)
             grad_x = F.linear(grad_y, scaled) if transposed else grad_y @ scaled
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
             x_2d, grad_y_2d = x.reshape(-1, x.shape[-1]), grad_y.reshape(-1, grad_y.shape[-1])
