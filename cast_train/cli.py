@@ -87,23 +87,43 @@ def train(
 
 def evaluate(
     models: Annotated[list[Path], typer.Argument(help="Model directories to score, dense or packed.")],
-    data: Annotated[Path, typer.Option(help="Held-out text: .txt, .jsonl or .parquet file.")],
+    data: Annotated[Path | None, typer.Option(help="Held-out text: .txt, .jsonl or .parquet file.")] = None,
     context: Annotated[
         int | None,
         typer.Option(help="Tokens per window; default: 1024, or the models' context if that is shorter.", min=2),
     ] = None,
     tokens: Annotated[int, typer.Option(help="Most tokens of the text to score.", min=2)] = 50_176,
+    teacher: Annotated[
+        Path | None, typer.Option(help="The dense model: also measure KL and top-1 agreement with it on the text.")
+    ] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="Zero-shot tasks by lm-eval's names, with commas; from the hub, or --task-dir.")
+    ] = None,
+    task_dir: Annotated[
+        Path | None, typer.Option(help="Directory of lm-eval task files and their data, to need no hub; all its tasks.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Most items of each task; default: all.", min=1)] = None,
     json: Annotated[Path | None, typer.Option(help="File to write the results to.")] = None,
 ) -> None:
-    """Measure perplexity on held-out text, every model on the same windows.
+    """Measure perplexity on held-out text, agreement with the dense model, and zero-shot accuracy.
 
-    Documents are joined by a blank line and cut into windows that do not overlap. Example:
+    Documents are joined by a blank line and cut into windows that do not overlap, the same for every model. Zero-shot
+    tasks run in lm-eval (pip install 'cast-serve[eval]'), no examples in the prompt; accuracy is plain acc. Examples:
 
-        cast eval dense/ sparse/ --data heldout.jsonl
+        cast eval dense/ sparse/ --data heldout.jsonl --teacher dense/
+
+        cast eval sparse/ --tasks piqa,sciq --limit 500
     """
-    from cast_train.evaluation import evaluate as score
-    from cast_train.evaluation import write_results
+    from cast_train.evaluation.evaluate import evaluate as score
+    from cast_train.evaluation.evaluate import print_results, write_results
+    from cast_train.evaluation.zero_shot import Tasks
+    from conversion.errors import InputError
 
-    results = score(models, data, context, tokens)
+    if task_dir is not None and not task_dir.is_dir():
+        raise InputError(f"there is no directory {task_dir}: give one of lm-eval task files")
+    names = tuple(name.strip() for name in (tasks or "").split(",") if name.strip())
+    chosen = Tasks(names, task_dir, limit) if names or task_dir else None
+    results = score(models, data, context, tokens, teacher=teacher, tasks=chosen)
+    print_results(results)
     if json is not None:
         write_results(results, json)

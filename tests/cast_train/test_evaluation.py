@@ -1,15 +1,23 @@
-"""Perplexity is what transformers itself says."""
+"""`cast eval` says what transformers and lm-eval say."""
 
+import json
 import math
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from cast_train.evaluation import evaluate, heldout_windows, perplexity
+from cast_train.evaluation import agreement, perplexity
+from cast_train.evaluation.evaluate import evaluate, results_table, write_results
+from cast_train.evaluation.perplexity import score_windows
+from cast_train.evaluation.windows import heldout_windows
+from cast_train.evaluation.zero_shot import Tasks
 from conversion.errors import InputError
+from conversion.pack import save_packed
 from tests.cast_train.tiny import save_model, write_text
 
 
@@ -20,18 +28,39 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend)
 
 
-def test_perplexity_equals_the_loss_of_transformers(tokenizer: PreTrainedTokenizerFast) -> None:
+def tiny_model(seed: int) -> PreTrainedModel:
     config = LlamaConfig(
         vocab_size=51, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4
     )
-    model = AutoModelForCausalLM.from_config(config)
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def test_perplexity_is_what_plain_transformers_gives_to_the_last_digit(tmp_path: Path) -> None:
+    directory = save_model(tmp_path / "model")
+    text = write_text(tmp_path / "text.txt", characters=700)
+    (result,) = evaluate([directory], text, 64, 640)["models"].values()
+
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    ids = AutoTokenizer.from_pretrained(directory)(text.read_text(), add_special_tokens=False)["input_ids"]
+    losses = []
+    with torch.no_grad():
+        for start in range(0, 640, 64):
+            window = torch.tensor([ids[start : start + 64]])
+            log_probs = torch.log_softmax(model(window).logits[0, :-1], dim=-1)
+            losses.append(-log_probs.gather(1, window[0, 1:, None]).double().sum().item())
+    assert result["perplexity"] == math.exp(sum(losses) / (10 * 63))
+    assert (result["tokens"], result["context"]) == (10 * 63, 64)
+
+
+def test_windows_are_cut_from_joined_documents(tokenizer: PreTrainedTokenizerFast) -> None:
     texts = [" ".join(f"w{(i * i + j) % 50}" for i in range(37)) for j in range(5)]
     windows = heldout_windows(texts, tokenizer, context=16, tokens=170)
     assert windows.shape == (10, 16)  # 170 of the 185 tokens, whole windows only
-    model.eval()
+    model = tiny_model(0)
     with torch.no_grad():
         losses = [model(w[None], labels=w[None]).loss.double().item() for w in windows]
-    assert perplexity(model, windows) == pytest.approx(math.exp(sum(losses) / 10), rel=1e-6)
+    assert score_windows(model, windows).perplexity == pytest.approx(math.exp(sum(losses) / 10), rel=1e-6)
 
 
 def test_windows_are_no_longer_than_any_models_context(tmp_path: Path) -> None:
@@ -47,3 +76,122 @@ def test_windows_are_no_longer_than_any_models_context(tmp_path: Path) -> None:
 def test_text_shorter_than_a_window_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(InputError, match="3 tokens, less than one window of 16"):
         heldout_windows(["w1 w2 w3"], tokenizer, context=16, tokens=100)
+
+
+@pytest.mark.parametrize("chunk", [51 * 4, 1 << 23])
+def test_agreement_is_kl_from_the_teacher_and_equal_argmax(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+    monkeypatch.setattr(agreement, "CHUNK_LOGITS", chunk)  # 4 positions at a time, or all at once
+    monkeypatch.setattr(perplexity, "CHUNK_LOGITS", chunk)
+    student, teacher = tiny_model(0), tiny_model(1)
+    windows = torch.randint(0, 51, (3, 16), generator=torch.Generator().manual_seed(0))
+    score = score_windows(student, windows, teacher)
+    with torch.no_grad():
+        p = teacher.double()(windows).logits[:, :-1].log_softmax(-1)
+        q = student.double()(windows).logits[:, :-1].log_softmax(-1)
+    kl = (p.exp() * (p - q)).sum(-1).mean()
+    assert kl > 1e-3
+    assert score.kl == pytest.approx(kl.item(), rel=1e-4)
+    assert score.top1 == (p.argmax(-1) == q.argmax(-1)).double().mean().item()
+    assert score.perplexity == pytest.approx(math.exp(-q.gather(-1, windows[:, 1:, None]).mean().item()), rel=1e-6)
+
+
+def test_a_model_agrees_with_itself(tmp_path: Path) -> None:
+    directory = save_model(tmp_path / "model")
+    text = write_text(tmp_path / "text.txt", characters=400)
+    (result,) = evaluate([directory], text, 32, 320, teacher=directory)["models"].values()
+    assert result["kl"] == pytest.approx(0, abs=1e-6)
+    assert result["top1"] == 1.0
+
+
+def test_a_teacher_with_other_tokens_is_refused(tmp_path: Path) -> None:
+    directory = save_model(tmp_path / "model")
+    other = tmp_path / "other"
+    shutil.copytree(directory, other)
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(InputError, match="other tokens"):
+        evaluate([directory], write_text(tmp_path / "text.txt", characters=400), 32, 320, teacher=other)
+
+
+@pytest.fixture
+def task_dir(tmp_path: Path) -> Path:
+    """Two local tasks of multiple choice, as `python -m benchmarks.registry zero-shot` lays them out."""
+    directory = tmp_path / "tasks"
+    for name, count in (("colours", 12), ("letters", 7)):
+        (directory / name).mkdir(parents=True)
+        rows = [{"question": f"item {i}?", "options": [f"a{i}", f"bb {i}", "c"], "gold": i % 3} for i in range(count)]
+        (directory / name / "data.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        task: dict[str, Any] = {
+            "task": name,
+            "dataset_path": "json",
+            "dataset_kwargs": {"data_files": {"test": f"{name}/data.json"}},
+            "test_split": "test",
+            "output_type": "multiple_choice",
+            "doc_to_text": "Question: {{question}}\nAnswer:",
+            "doc_to_choice": "{{options}}",
+            "doc_to_target": "gold",
+            "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+        }
+        (directory / name / f"{name}.yaml").write_text(json.dumps(task))
+    return directory
+
+
+def test_zero_shot_accuracy_is_lm_evals(tmp_path: Path, task_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lm_eval = pytest.importorskip("lm_eval")
+    from lm_eval.tasks import TaskManager
+
+    directory = save_model(tmp_path / "model")
+    results = evaluate([directory], tasks=Tasks(directory=task_dir, limit=10))
+    found = results["models"][str(directory)]["zero_shot"]
+
+    monkeypatch.chdir(task_dir)
+    plain = lm_eval.simple_evaluate(
+        model="hf",
+        model_args={"pretrained": str(directory), "dtype": "float32"},
+        tasks=["colours", "letters"],
+        task_manager=TaskManager(include_path=".", include_defaults=False),
+        batch_size=8,
+        device="cpu",
+        limit=10,
+        bootstrap_iters=10,
+    )
+    for name, items in (("colours", 10), ("letters", 7)):
+        assert found["tasks"][name]["acc"] == plain["results"][name]["acc,none"]
+        assert found["tasks"][name]["stderr"] == pytest.approx(plain["results"][name]["acc_stderr,none"])
+        assert found["tasks"][name]["items"] == items
+    assert found["mean"] == pytest.approx(sum(task["acc"] for task in found["tasks"].values()) / 2)
+    assert results["tasks"] == {"directory": str(task_dir), "limit": 10, "few_shot": 0}
+    assert results["versions"]["lm-eval"] == lm_eval.__version__
+
+
+def test_a_packed_directory_scores_as_its_model(tmp_path: Path, task_dir: Path) -> None:
+    from tests.conversion.models import CONFIGS, make_model
+
+    sparse, packed = tmp_path / "sparse", tmp_path / "packed"
+    save_model(sparse)
+    make_model(CONFIGS["llama"], sparse=True).save_pretrained(sparse)
+    save_packed(sparse, packed)
+    text = write_text(tmp_path / "text.txt", characters=400)
+    results = evaluate([sparse, packed], text, 32, 320, teacher=sparse, tasks=Tasks(("letters",), task_dir))
+    of_sparse, of_packed = results["models"].values()
+    assert of_sparse == of_packed
+    assert list(of_packed["zero_shot"]["tasks"]) == ["letters"]
+    write_results(results, tmp_path / "results.json")
+    assert json.loads((tmp_path / "results.json").read_text()) == results
+    assert results_table(results).row_count == 2
+
+
+def test_what_cannot_be_evaluated_is_said(tmp_path: Path, task_dir: Path) -> None:
+    directory = save_model(tmp_path / "model")
+    with pytest.raises(InputError, match="nothing to evaluate"):
+        evaluate([directory])
+    with pytest.raises(InputError, match="no task 'shapes'"):
+        evaluate([directory], tasks=Tasks(("shapes",), task_dir))
+    (task_dir / "letters" / "data.json").unlink()
+    with pytest.raises(InputError, match="could not be loaded"):
+        evaluate([directory], tasks=Tasks(("letters",), task_dir))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="holds no task"):
+        evaluate([directory], tasks=Tasks(directory=tmp_path / "empty"))

@@ -1,0 +1,1 @@
+"""`cast eval`: perplexity, agreement with the dense teacher, zero-shot tasks."""

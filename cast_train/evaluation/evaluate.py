@@ -1,0 +1,147 @@
+"""Several models on the same text and tasks, side by side."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from cast_train.evaluation.perplexity import score_windows
+from cast_train.evaluation.windows import heldout_windows
+from cast_train.evaluation.zero_shot import Tasks, zero_shot
+from conversion.atomic import write_text
+from conversion.dense_model import context_length, dense_model
+from conversion.errors import InputError
+from conversion.packed_checkpoint import open_checkpoint
+from conversion.text import read_documents
+
+DEFAULT_CONTEXT = 1024
+DEFAULT_TOKENS = 50_176
+
+
+def evaluate(
+    models: Sequence[Path],
+    data: Path | None = None,
+    context: int | None = None,
+    tokens: int = DEFAULT_TOKENS,
+    *,
+    teacher: Path | None = None,
+    tasks: Tasks | None = None,
+) -> dict[str, Any]:
+    """Score every model directory, dense or packed, in float32, on the accelerator if there is one.
+
+    Args:
+        models: directories of checkpoints.
+        data: held-out text, see `conversion.text`; every model gets the same windows of it.
+        context: tokens per window; None takes 1024, or the shortest context of the models if that is shorter.
+        tokens: most tokens of the text to score.
+        teacher: the dense model to compare each model's distributions with on these windows.
+        tasks: zero-shot tasks to run.
+
+    Returns:
+        {"models": {directory: {"perplexity", "tokens" (predicted), "context", "kl", "top1", "zero_shot"}}, "data",
+        "teacher", "tasks", "device", "versions"}; what was not asked for is left out.
+
+    Raises:
+        InputError: a model is missing or damaged, its context is shorter than `context`, the text is too short, the
+            teacher has other tokens, or see `zero_shot`.
+    """
+    if data is None and tasks is None:
+        raise InputError("nothing to evaluate: give held-out text (--data), zero-shot tasks (--tasks), or both")
+    if teacher is not None and data is None:
+        raise InputError("agreement with a teacher is measured on text: give --data")
+    texts = None if data is None else list(read_documents([data]))
+    if texts is not None:
+        context = _context([*models, *([] if teacher is None else [teacher])], context)
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    teacher_model = None if teacher is None else _load(teacher, device)
+    results: dict[str, Any] = {}
+    for directory in models:
+        model, tokenizer = _load(directory, device)
+        result: dict[str, Any] = {}
+        if texts is not None and context is not None:
+            windows = heldout_windows(texts, tokenizer, context, tokens)
+            if teacher_model is not None:
+                others = heldout_windows(texts, teacher_model[1], context, tokens)
+                if model.config.vocab_size != teacher_model[0].config.vocab_size or not torch.equal(windows, others):
+                    raise InputError(f"{teacher} has other tokens than {directory}: give the dense model it came from")
+            score = score_windows(model, windows, teacher_model and teacher_model[0], directory.name)
+            result |= {name: value for name, value in asdict(score).items() if value is not None}
+        if tasks is not None:
+            result["zero_shot"] = zero_shot(model, tokenizer, tasks)
+        results[str(directory)] = result
+    asked: dict[str, Any] = {"data": data, "teacher": teacher}
+    found = {"models": results} | {name: str(path) for name, path in asked.items() if path is not None}
+    if tasks is not None:
+        found["tasks"] = {
+            "directory": None if tasks.directory is None else str(tasks.directory),
+            "limit": tasks.limit,
+            "few_shot": 0,
+        }
+    return found | {"device": _device_name(device), "versions": versions()}
+
+
+def results_table(results: dict[str, Any]) -> Table:
+    """The results of `evaluate`, a row for each model."""
+    scores: dict[str, dict[str, Any]] = results["models"]
+    first = next(iter(scores.values()))
+    columns = {"perplexity": "perplexity", "kl": "KL to teacher", "top1": "top-1 agreement"}
+    formats = {"perplexity": "{:.2f}", "kl": "{:.4f}", "top1": "{:.2%}"}
+    shown = [name for name in columns if name in first]
+    tasks = list(first["zero_shot"]["tasks"]) if "zero_shot" in first else []
+    title = (
+        f"{results['data']}: {first['tokens']} tokens in windows of {first['context']}" if "data" in results else None
+    )
+    table = Table("model", *(columns[name] for name in shown), *tasks, *(["mean acc"] if tasks else []), title=title)
+    for directory, score in scores.items():
+        row = [directory]
+        row += [formats[name].format(score[name]) for name in shown]
+        if tasks:
+            row += [f"{score['zero_shot']['tasks'][task]['acc']:.2%}" for task in tasks]
+            row.append(f"{score['zero_shot']['mean']:.2%}")
+        table.add_row(*row)
+    return table
+
+
+def print_results(results: dict[str, Any]) -> None:
+    Console().print(results_table(results))
+
+
+def write_results(results: dict[str, Any], path: Path) -> None:
+    """Write `results` as JSON, whole or not at all."""
+    write_text(path, json.dumps(results, indent=2) + "\n")
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything that the numbers may depend on."""
+    found = {}
+    for name in ("cast-serve", "torch", "transformers", "tokenizers", "lm-eval"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _load(directory: Path, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    model: Any = dense_model(open_checkpoint(directory), torch.float32)
+    return model.to(device), AutoTokenizer.from_pretrained(directory)
+
+
+def _context(models: Sequence[Path], context: int | None) -> int:
+    shortest = min((context_length(open_checkpoint(directory)), directory) for directory in models)
+    if context is None:
+        return min(DEFAULT_CONTEXT, shortest[0])
+    if context > shortest[0]:
+        raise InputError(f"{shortest[1]} has a context of {shortest[0]} tokens: use windows of at most that many")
+    return context
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
