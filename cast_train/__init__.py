@@ -6,17 +6,33 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cast_train.adams import AdamS
     from cast_train.budget import decay_budget
-    from cast_train.config import CastConfig
+    from cast_train.config import AstConfig, CastConfig, GmpConfig, SrsteConfig, TrainConfig
     from cast_train.mask import nm_mask
     from cast_train.sparse_model import finalize, sparsify
     from cast_train.trainer import CastTrainer
 
-__all__ = ["AdamS", "CastConfig", "CastTrainer", "decay_budget", "finalize", "nm_mask", "sparsify"]
+__all__ = [
+    "AdamS",
+    "AstConfig",
+    "CastConfig",
+    "CastTrainer",
+    "GmpConfig",
+    "SrsteConfig",
+    "TrainConfig",
+    "decay_budget",
+    "finalize",
+    "nm_mask",
+    "sparsify",
+]
 
 _MODULES = {
     "AdamS": "adams",
+    "AstConfig": "config",
     "CastConfig": "config",
     "CastTrainer": "trainer",
+    "GmpConfig": "config",
+    "SrsteConfig": "config",
+    "TrainConfig": "config",
     "decay_budget": "budget",
     "finalize": "sparse_model",
     "nm_mask": "mask",

@@ -5,6 +5,10 @@ from typing import Annotated
 
 import typer
 
+_PRUNING = "Pruning"
+_BUDGET = "Budget"
+_RUNNING = "Running"
+
 
 def train(
     source: Annotated[str, typer.Argument(help="Dense model: a Hugging Face directory, or a hub id.")],
@@ -16,57 +20,119 @@ def train(
     ],
     out: Annotated[Path, typer.Option(help="Directory to make for the 2:4 model.")],
     method: Annotated[
-        str, typer.Option(help="cast, or one-shot pruning to compare with: magnitude, wanda or sparsegpt.")
+        str,
+        typer.Option(help="Trained: cast, srste, gmp or ast. Without training: magnitude, wanda or sparsegpt."),
     ] = "cast",
     preset: Annotated[
-        str, typer.Option(help="Settings to start from: 'quick' (minutes on a CPU) or 'full' (the paper's).")
+        str, typer.Option(help="Settings to start from: 'quick' (minutes on a CPU) or 'full' (the CAST paper's).")
     ] = "quick",
-    steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
-    tokens: Annotated[int | None, typer.Option(help="Training tokens, instead of --steps.")] = None,
-    lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
-    decay: Annotated[str | None, typer.Option(help="Pull on masked weights (the paper's lambda), or 'auto'.")] = None,
-    eta: Annotated[float | None, typer.Option(help="Weight of the KL term against the dense model, 0 to 1.")] = None,
-    schedule: Annotated[str | None, typer.Option(help="How the learning rate falls: linear or cosine.")] = None,
-    warm_start: Annotated[str | None, typer.Option(help="One-shot start: none, magnitude, wanda or sparsegpt.")] = None,
-    shrink: Annotated[
-        float | None, typer.Option(help="What a warm start multiplies masked weights by; 0 cuts them.")
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps.", rich_help_panel=_BUDGET)] = None,
+    tokens: Annotated[
+        int | None, typer.Option(help="Training tokens, instead of --steps.", rich_help_panel=_BUDGET)
     ] = None,
-    batch_tokens: Annotated[int | None, typer.Option(help="Tokens per step.")] = None,
-    block_length: Annotated[int | None, typer.Option(help="Tokens per training sequence.")] = None,
-    precision: Annotated[str | None, typer.Option(help="Arithmetic of the passes: auto, bf16 or fp32.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Order of the training text.")] = None,
-    save_steps: Annotated[int | None, typer.Option(help="Steps between two checkpoints.")] = None,
-    log_steps: Annotated[int | None, typer.Option(help="Steps between two log lines.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
+    batch_tokens: Annotated[int | None, typer.Option(help="Tokens per step.", rich_help_panel=_BUDGET)] = None,
+    block_length: Annotated[
+        int | None, typer.Option(help="Tokens per training sequence.", rich_help_panel=_BUDGET)
+    ] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate.", rich_help_panel=_BUDGET)] = None,
+    schedule: Annotated[
+        str | None,
+        typer.Option(help="How the learning rate falls: linear, cosine, or constant.", rich_help_panel=_BUDGET),
+    ] = None,
+    warm_start: Annotated[
+        str | None,
+        typer.Option(help="One-shot start: none, magnitude, wanda or sparsegpt.", rich_help_panel=_PRUNING),
+    ] = None,
+    shrink: Annotated[
+        float | None,
+        typer.Option(help="What a warm start multiplies masked weights by; 0 cuts them.", rich_help_panel=_PRUNING),
+    ] = None,
+    eta: Annotated[
+        float | None,
+        typer.Option(
+            help="Weight of the KL term against the dense model, 0 to 1; 0 trains without it.", rich_help_panel=_PRUNING
+        ),
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="Temperature of the KL term.", rich_help_panel=_PRUNING)
+    ] = None,
+    decay: Annotated[
+        str | None,
+        typer.Option(
+            help="cast, srste, ast: pull on masked weights (the papers' lambda); 'auto' (cast) measures one.",
+            rich_help_panel=_PRUNING,
+        ),
+    ] = None,
+    ramp_end: Annotated[
+        float | None,
+        typer.Option(
+            help="gmp, ast: part of the run after which everything is pruned, or decay stands.",
+            rich_help_panel=_PRUNING,
+        ),
+    ] = None,
+    scaling_blocks: Annotated[
+        int | None,
+        typer.Option(help="cast: column blocks of weight scaling; 0 leaves it out.", rich_help_panel=_PRUNING),
+    ] = None,
+    decay_norm: Annotated[
+        str | None, typer.Option(help="cast: l1, or l2 as an ablation.", rich_help_panel=_PRUNING)
+    ] = None,
+    second_moment: Annotated[
+        str | None,
+        typer.Option(help="cast: of the update, or of the gradient as an ablation.", rich_help_panel=_PRUNING),
+    ] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="Arithmetic of the passes: auto, bf16 or fp32.", rich_help_panel=_RUNNING)
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Order of the training text.", rich_help_panel=_RUNNING)] = None,
+    save_steps: Annotated[
+        int | None, typer.Option(help="Steps between two checkpoints.", rich_help_panel=_RUNNING)
+    ] = None,
+    log_steps: Annotated[
+        int | None, typer.Option(help="Steps between two log lines.", rich_help_panel=_RUNNING)
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue an interrupted run.", rich_help_panel=_RUNNING)
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace OUT if it exists.", rich_help_panel=_RUNNING)
+    ] = False,
     force: Annotated[
-        bool, typer.Option("--force", help="Train even if decay cannot bring masked weights to zero.")
+        bool,
+        typer.Option(
+            "--force", help="Train even if decay cannot bring masked weights to zero.", rich_help_panel=_RUNNING
+        ),
     ] = False,
 ) -> None:
-    """Train a dense model to exact 2:4 sparsity with CAST.
+    """Train a dense model to exact 2:4 sparsity, with CAST or a method to compare it with.
 
     Needs a Llama, Mistral, Qwen2, Qwen3, GPT-2 or OPT model with safetensors weights. Checkpoints and metrics lie in
     OUT.run until OUT is complete. Example:
 
         cast train HuggingFaceTB/SmolLM2-135M-Instruct --data texts/ --out smollm2-24 --preset quick
     """
-    from cast_train.config import PRESETS, CastConfig
+    from cast_train.config import CONFIGS, PRESETS, TrainConfig
     from conversion.errors import InputError
 
     if preset not in PRESETS:
         raise InputError(f"there is no preset '{preset}': use one of {', '.join(PRESETS)}")
-    config = CastConfig.preset(
+    config = CONFIGS.get(method, TrainConfig).preset(
         preset,
         steps=steps,
         tokens=tokens,
+        batch_tokens=batch_tokens,
+        block_length=block_length,
         lr=lr,
-        decay=decay,
-        eta=eta,
         schedule=schedule,
         warm_start=warm_start,
         shrink=shrink,
-        batch_tokens=batch_tokens,
-        block_length=block_length,
+        eta=eta,
+        temperature=temperature,
+        decay=decay,
+        ramp_end=ramp_end,
+        scaling_blocks=scaling_blocks,
+        decay_norm=decay_norm,
+        second_moment=second_moment,
         precision=precision,
         seed=seed,
         save_steps=save_steps,
@@ -78,11 +144,11 @@ def train(
     from cast_train.training import train as train_model
 
     transformers.utils.logging.set_verbosity_error()
-    if method != "cast":
+    if method in CONFIGS:
+        train_model(source, data, out, config, resume=resume, force=force, overwrite=overwrite)
+    else:
         prune_directory(source, data, out, method, config, overwrite)
         print(f"saved {out}")
-        return
-    train_model(source, data, out, config, resume=resume, force=force, overwrite=overwrite)
 
 
 def evaluate(

@@ -1,6 +1,6 @@
-"""Everything a CAST run can be told, with the paper's values and a preset for a small budget."""
+"""Everything a run can be told: what all methods share, then what each adds; published values and presets."""
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -10,22 +10,22 @@ from conversion.errors import InputError
 Preset = Literal["full", "quick"]
 
 
-class CastConfig(BaseModel):
-    """A run's method and budget; the defaults are the `full` preset. Bad values raise InputError."""
+class TrainConfig(BaseModel):
+    """What every trained method can be told; the defaults are the `full` preset. Bad values raise InputError."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+    method: ClassVar[str] = ""
+    """Name of the method that a config of this class belongs to, a key of `cast_train.methods.TRAINED`."""
+    own_presets: ClassVar[dict[Preset, dict[str, Any]]] = {}
+    """What a preset sets beside PRESETS."""
 
-    # Optimizer (Sec. IV-A)
+    # Optimizer
     lr: float = Field(2e-5, gt=0)
     """Peak learning rate."""
     schedule: Schedule = "cosine"
     """How the learning rate falls, to zero at the last step (the residual of masked weights is of its final size)."""
     warmup_ratio: float = Field(0.05, ge=0, lt=1)
     """Part of all steps in which the learning rate rises linearly."""
-    decay: float | Literal["auto"] = 4e-7
-    """The paper's lambda; "auto" is decay_ratio times the momentum on masked weights, measured at the start."""
-    decay_ratio: float = Field(50.0, gt=0)
-    """Only for decay "auto"."""
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = Field(1e-8, gt=0)
     mask_interval: int = Field(10, ge=1)
@@ -33,12 +33,14 @@ class CastConfig(BaseModel):
     max_grad_norm: float = Field(1.0, gt=0)
     train_embeddings: bool = True
     """False freezes embedding and lm_head, which saves their gradient and optimizer step."""
+    scale_lr: float = Field(1.0, gt=0)
+    """Multiplies the learning rate of weight scales, norms and biases, which hardly move in a short run."""
 
-    # Weight scaling and distillation (Sec. IV-B, IV-C)
-    scaling_blocks: int = Field(2, ge=0)
-    """Column blocks with a scale of their own per row; 0 leaves weight scaling out."""
+    # Distillation
     eta: float = Field(1 / 3, ge=0, le=1)
-    """Weight of KL(teacher || student); 0 trains without a teacher."""
+    """Weight of KL(teacher || student) against cross entropy; 0 trains without a teacher."""
+    temperature: float = Field(1.0, gt=0)
+    """Divides both models' logits in the KL term, which is multiplied by its square."""
 
     # Start
     warm_start: Literal["none", "magnitude", "wanda", "sparsegpt"] = "none"
@@ -75,12 +77,12 @@ class CastConfig(BaseModel):
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"])
+            if first["type"] == "extra_forbidden":
+                raise InputError(f"{self.method or 'a run'} has no setting '{where}'") from None
             raise InputError(f"bad training setting{' ' + where if where else ''}: {first['msg']}") from None
 
     @model_validator(mode="after")
-    def _check(self) -> "CastConfig":
-        if self.decay != "auto" and self.decay < 0:
-            raise ValueError("decay must be 0 or more, or 'auto'")
+    def _check_budget(self) -> Self:
         if self.batch_tokens % self.block_length:
             raise ValueError(
                 f"batch_tokens ({self.batch_tokens}) must be a multiple of block_length ({self.block_length})"
@@ -92,21 +94,21 @@ class CastConfig(BaseModel):
         return self
 
     @classmethod
-    def preset(cls, name: Preset, **changes: Any) -> "CastConfig":
+    def preset(cls, name: Preset, **changes: Any) -> Self:
         """Return preset `name` with those `changes` that are not None; steps replaces the preset's tokens and back."""
         changes = {key: value for key, value in changes.items() if value is not None}
-        values: dict[str, Any] = dict(PRESETS[name])
+        values = PRESETS[name] | cls.own_presets.get(name, {})
         if "steps" in changes or "tokens" in changes:
             values.pop("steps", None)
             values.pop("tokens", None)
         return cls(**{**values, **changes})
 
-    def within_context(self, context: int) -> "CastConfig":
+    def within_context(self, context: int) -> Self:
         """Return these settings with blocks of at most `context` tokens that still divide batch_tokens."""
         if self.block_length <= context:
             return self
         length = next(n for n in range(context, 0, -1) if self.batch_tokens % n == 0)
-        return CastConfig(**self.model_dump() | {"block_length": length})
+        return type(self)(**self.model_dump() | {"block_length": length})
 
     @property
     def blocks_per_step(self) -> int:
@@ -123,15 +125,76 @@ class CastConfig(BaseModel):
         raise InputError("say how long to train: give a number of steps or of tokens")
 
 
+class CastConfig(TrainConfig):
+    """CAST (arXiv:2509.25996), with the paper's values; its ablations are switches."""
+
+    method = "cast"
+    # With masked weights already at zero (quick starts at SparseGPT's), little depends on decay.
+    own_presets: ClassVar[dict[Preset, dict[str, Any]]] = {"quick": {"decay": 1e-3}}
+
+    decay: float | Literal["auto"] = 4e-7
+    """The paper's lambda; "auto" is decay_ratio times the momentum on masked weights, measured at the start."""
+    decay_ratio: float = Field(50.0, gt=0)
+    """Only for decay "auto"."""
+    scaling_blocks: int = Field(2, ge=0)
+    """Column blocks with a scale of their own per row (Sec. IV-B); 0 leaves weight scaling out."""
+    decay_norm: Literal["l1", "l2"] = "l1"
+    """Pull on masked weights: l1 by their sign (Eq. 7), l2 in proportion to them."""
+    second_moment: Literal["update", "gradient"] = "update"
+    """What AdamS builds its second moment from: the decayed momentum (Eq. 8) or the raw gradient."""
+
+    @model_validator(mode="after")
+    def _check_decay(self) -> Self:
+        if self.decay != "auto" and self.decay < 0:
+            raise ValueError("decay must be 0 or more, or 'auto'")
+        return self
+
+
+class SrsteConfig(TrainConfig):
+    """SR-STE (arXiv:2102.04010)."""
+
+    method = "srste"
+    mask_interval: int = Field(1, ge=1)
+    """Steps between two mask refreshes."""
+    decay: float = Field(2e-4, ge=0)
+    """L2 decay on masked weights, added to their gradient (their lambda_W)."""
+
+
+class GmpConfig(TrainConfig):
+    """Gradual magnitude pruning (arXiv:1710.01878)."""
+
+    method = "gmp"
+    ramp_end: float = Field(0.5, ge=0, le=1)
+    """Part of all steps after which every group is cut; the rest is fine-tuning under the final mask."""
+
+
+class AstConfig(TrainConfig):
+    """AST (arXiv:2407.20584); the defaults of decay, ramp and loss are those of the authors' code."""
+
+    method = "ast"
+    eta: float = Field(2 / 3, ge=0, le=1)
+    """Weight of KL(teacher || student) against cross entropy; 0 trains without a teacher."""
+    temperature: float = Field(2.0, gt=0)
+    """Divides both models' logits in the KL term, which is multiplied by its square."""
+    decay: float = Field(6e-5, ge=0)
+    """L2 decay on masked weights at the end of the ramp (their lambda_W)."""
+    ramp_end: float = Field(0.25, ge=0, le=1)
+    """Part of all steps over which the decay rises from zero."""
+
+
+CONFIGS: dict[str, type[TrainConfig]] = {
+    config.method: config for config in (CastConfig, SrsteConfig, GmpConfig, AstConfig)
+}
+"""Config of each trained method."""
+
 PRESETS: dict[Preset, dict[str, Any]] = {
     # The paper's recipe for LLaMA2-7B (Table XI): 7.5 B tokens.
     "full": {"steps": 7500},
-    # Ten minutes on two CPU cores: starts at SparseGPT's weights, and lets CAST win back what they lost. With masked
-    # weights already at zero, little depends on decay; learning rates from 2e-4 up ended worse at this budget.
+    # Ten minutes on two CPU cores: starts at SparseGPT's weights, and lets training win back what they lost. For CAST
+    # learning rates from 2e-4 up ended worse at this budget.
     "quick": {
         "lr": 1e-4,
         "schedule": "linear",
-        "decay": 1e-3,
         "eta": 0.9,
         "train_embeddings": False,
         "warm_start": "sparsegpt",

@@ -31,13 +31,14 @@ def distillation_loss(
     teacher_head: Tensor | None = None,
     *,
     eta: float = 1 / 3,
+    temperature: float = 1.0,
     chunk_tokens: int | None = None,
 ) -> DistillationLoss:
     """Compute the loss from hidden states, a chunk of tokens at a time, so that logits of all tokens never exist.
 
-    Temperature is 1. Gradients are made chunk by chunk in the forward pass, where the logits are at hand. Under
-    autocast the products with the heads run in the autocast dtype; softmax and sums are always float32 (float64 for
-    float64 inputs).
+    With temperature T the KL term is T^2 * KL(softmax(teacher / T) || softmax(student / T)); the paper's T is 1.
+    Gradients are made chunk by chunk in the forward pass, where the logits are at hand. Under autocast the products
+    with the heads run in the autocast dtype; softmax and sums are always float32 (float64 for float64 inputs).
 
     Args:
         hidden: [batch, length, hidden], the student's last hidden states (after the final norm).
@@ -46,6 +47,7 @@ def distillation_loss(
         teacher_hidden: [batch, length, teacher hidden], or None for plain cross entropy (then eta is taken as 0).
         teacher_head: [vocab, teacher hidden].
         eta: weight of the KL term.
+        temperature: T of the KL term.
         chunk_tokens: tokens whose logits are held at once; default: as many as are fast on the device.
     """
     predicting = labels[:, 1:] != IGNORE_INDEX
@@ -55,7 +57,14 @@ def distillation_loss(
     if chunk_tokens is None:
         chunk_tokens = max(16, (_CPU_LOGITS if hidden.device.type == "cpu" else _ACCELERATOR_LOGITS) // head.shape[0])
     loss, ce, kl = _ChunkedLoss.apply(
-        rows, head, targets, teacher_rows, teacher_head, eta if teacher_hidden is not None else 0.0, chunk_tokens
+        rows,
+        head,
+        targets,
+        teacher_rows,
+        teacher_head,
+        eta if teacher_hidden is not None else 0.0,
+        temperature,
+        chunk_tokens,
     )
     return DistillationLoss(loss, ce, kl)
 
@@ -72,6 +81,7 @@ class _ChunkedLoss(torch.autograd.Function):
         teacher_rows: Tensor | None,
         teacher_head: Tensor | None,
         eta: float,
+        temperature: float,
         chunk_tokens: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
         device = rows.device.type
@@ -95,20 +105,28 @@ class _ChunkedLoss(torch.autograd.Function):
                 log_z = logits.logsumexp(1, keepdim=True)
                 ce_sum += (log_z - logits.gather(1, target)).sum()
                 teacher = None
+                soft, soft_log_z = logits, log_z  # the student at the temperature of the KL term
                 if teacher_rows is not None and teacher_head is not None:
                     teacher = F.linear(teacher_rows[chunk].to(dtype), teacher_head).to(accumulate)
+                    if temperature != 1:
+                        teacher.div_(temperature)
+                        soft = logits / temperature
+                        soft_log_z = soft.logsumexp(1, keepdim=True)
                     teacher_log_z = teacher.logsumexp(1, keepdim=True)
                     # KL = sum p_t (log p_t - log p_s), the normalisers taken out of the sum
-                    margin = teacher - logits
+                    margin = teacher - soft
                     teacher.sub_(teacher_log_z).exp_()
-                    kl_sum += (margin.mul_(teacher).sum(1, keepdim=True) - teacher_log_z + log_z).sum()
+                    kl_sum += (margin.mul_(teacher).sum(1, keepdim=True) - teacher_log_z + soft_log_z).sum()
                     del margin
                 if grad_rows is None and grad_head is None:
                     continue
-                # d loss / d logits = p_s - eta * p_t - (1 - eta) * onehot, over the number of tokens
+                # d loss / d logits = eta * T * (p_s - p_t) at temperature T + (1 - eta) * (p_s - onehot) at 1, over the
+                # number of tokens
                 grad = logits.sub_(log_z).exp_()
+                if soft is not logits:
+                    grad.mul_(1 - eta).add_(soft.sub_(soft_log_z).exp_(), alpha=eta * temperature)
                 if teacher is not None:
-                    grad.sub_(teacher, alpha=eta)
+                    grad.sub_(teacher, alpha=eta * temperature)
                 grad.scatter_add_(1, target, torch.full_like(target, eta - 1, dtype=accumulate))
                 grad = grad.div_(tokens).to(dtype)
                 if grad_rows is not None:
@@ -116,7 +134,7 @@ class _ChunkedLoss(torch.autograd.Function):
                 if grad_head is not None:
                     grad_head += grad.t() @ x
         ctx.grads = (grad_rows, grad_head)
-        ce, kl = ce_sum / tokens, kl_sum / tokens
+        ce, kl = ce_sum / tokens, kl_sum * (temperature**2 / tokens)
         ctx.mark_non_differentiable(ce, kl)
         return eta * kl + (1 - eta) * ce, ce, kl
 
@@ -127,5 +145,5 @@ class _ChunkedLoss(torch.autograd.Function):
         return (
             None if grad_rows is None else grad_rows * grad_outputs[0],
             None if grad_head is None else grad_head.mul_(grad_outputs[0]),
-            *([None] * 5),
+            *([None] * 6),
         )

@@ -9,9 +9,12 @@ from typing import Any
 from rich.console import Console
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+_LOGGED = ("loss", "ce", "kl", "masked", "kept", "mask_flips", "pruned")
+
 
 class Health(TrainerCallback):
-    """Logs losses, mean |masked| (must fall), mean |kept| (must hold), mask flips (must fall), lr, speed, time left.
+    """Logs losses, mean |masked| (must fall), mean |kept| (must hold), mask flips (must fall), the part of
+    groups that is pruned where a method prunes gradually, lr, speed, time left.
 
     Args:
         path: metrics.jsonl; lines of steps that a resumed run does again are dropped.
@@ -56,7 +59,7 @@ class Health(TrainerCallback):
         line = {
             "step": state.global_step,
             "tokens": state.global_step * self._batch_tokens,
-            **{name: logs[name] for name in ("loss", "ce", "kl", "masked", "kept", "mask_flips")},
+            **{name: logs[name] for name in _LOGGED if name in logs},
             "lr": logs["learning_rate"],
             "grad_norm": logs["grad_norm"],
             "tokens_per_s": speed,
@@ -67,7 +70,8 @@ class Health(TrainerCallback):
         self._console.print(
             f"step {state.global_step}/{state.max_steps}",
             f"loss {line['loss']:.3f}  CE {line['ce']:.3f}  KL {line['kl']:.3f}",
-            f"masked {line['masked']:.2e}  kept {line['kept']:.2e}  flips {line['mask_flips']:.0f}",
+            f"masked {line['masked']:.2e}  kept {line['kept']:.2e}  flips {line['mask_flips']:.0f}"
+            + (f"  pruned {line['pruned']:.0%}" if "pruned" in line else ""),
             f"lr {line['lr']:.1e}  {speed:.0f} tokens/s  {timedelta(seconds=round(left))} left",
             sep="  ",
         )

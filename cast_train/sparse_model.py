@@ -1,4 +1,4 @@
-"""Take a dense model into CAST training and out of it again."""
+"""Take a dense model into training and out of it again."""
 
 from collections.abc import Iterator
 
@@ -7,8 +7,9 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from cast_train.config import CastConfig
+from cast_train.config import TrainConfig
 from cast_train.mask import nm_mask
+from cast_train.methods import trained_method
 from cast_train.scaling import ScaledLinear
 from conversion.errors import InputError
 from conversion.families import family_of, in_scope
@@ -28,19 +29,18 @@ def is_transposed(module: nn.Module) -> bool:
     return module.transposed if isinstance(module, ScaledLinear) else isinstance(module, Conv1D)
 
 
-def sparsify(model: PreTrainedModel, config: CastConfig) -> PreTrainedModel:
-    """Prepare a dense float32 model for CAST, in place: weight scaling attached, frozen what the config freezes.
+def sparsify(model: PreTrainedModel, config: TrainConfig) -> PreTrainedModel:
+    """Prepare a dense float32 model for the config's method, in place: for CAST weight scaling is attached.
+
+    What the config freezes is frozen.
 
     Raises:
         InputError: the model's family is not supported, or nothing in it can be 2:4.
     """
-    layers = list(scope(model))
+    layers: list[tuple[str, nn.Module]] = list(scope(model))
     if not layers:
         raise InputError("the model has no linear layer whose input size is a multiple of 8, so nothing can be 2:4")
-    if config.scaling_blocks:
-        for name, module in layers:
-            if not isinstance(module, ScaledLinear):
-                model.set_submodule(name, ScaledLinear(module, config.scaling_blocks))
+    trained_method(config).prepare(model, layers)
     embeddings = [model.get_input_embeddings(), model.get_output_embeddings()]
     for parameter in (p for module in embeddings if module is not None for p in module.parameters()):
         parameter.requires_grad_(config.train_embeddings)

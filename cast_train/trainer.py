@@ -1,4 +1,4 @@
-"""CAST on transformers.Trainer: AdamS, the schedule, distillation, and checkpoints that survive being killed."""
+"""All trained methods on transformers.Trainer: schedule, distillation, and checkpoints that survive being killed."""
 
 import contextlib
 import shutil
@@ -11,11 +11,19 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import SequentialSampler
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import (
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
-from cast_train.adams import AdamS
-from cast_train.config import CastConfig
+from cast_train.config import TrainConfig
 from cast_train.distillation import DistillationLoss, distillation_loss
+from cast_train.masked_adam import MaskedAdam
+from cast_train.methods import trained_method
 from cast_train.schedule import lr_factor
 from cast_train.sparse_model import is_transposed, scope
 from conversion.errors import InputError
@@ -24,18 +32,18 @@ _COMPLETE = "complete"  # a checkpoint without this file was being written when 
 
 
 class CastTrainer(Trainer):
-    """A Trainer whose model, already sparsified, learns 2:4 by AdamS and from its dense self.
+    """A Trainer whose model, already sparsified, learns 2:4 by its config's method and from its dense self.
 
     Args:
         model: what `sparsify` returned.
-        config: method and budget; its decay must be a number by now.
+        config: method and budget; a decay must be a number by now.
         teacher: the dense starting model, frozen; None trains on cross entropy alone.
         args: from `training_arguments`, or your own.
         others: as in transformers.Trainer. Examples need "input_ids"; "labels" (-100 is left out) default to those.
     """
 
     def __init__(
-        self, model: PreTrainedModel, config: CastConfig, teacher: PreTrainedModel | None = None, **kwargs: Any
+        self, model: PreTrainedModel, config: TrainConfig, teacher: PreTrainedModel | None = None, **kwargs: Any
     ) -> None:
         super().__init__(model=model, **kwargs)
         self.student = model
@@ -50,22 +58,15 @@ class CastTrainer(Trainer):
             for each in (model, self.teacher):
                 if each is not None:
                     each.set_attn_implementation("eager")
+        self.add_callback(_StartOptimizer())
         self.model_accepts_loss_kwargs = False  # the loss is a mean, so Trainer divides by the accumulation steps
         self._sums: dict[str, Tensor] = {}
         self._summed = 0
 
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
         if self.optimizer is None:
-            if self.config.decay == "auto":
-                raise InputError("decay 'auto' must be measured first: cast_train.training.train does so")
-            self.optimizer = AdamS(
-                parameter_groups(self.student, self.config),
-                lr=self.config.lr,
-                betas=self.config.betas,
-                eps=self.config.eps,
-                decay=self.config.decay,
-                total_steps=self.config.total_steps,
-            )
+            groups = parameter_groups(self.student, self.config)
+            self.optimizer = trained_method(self.config).optimizer(groups)
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> Any:
@@ -130,6 +131,7 @@ class CastTrainer(Trainer):
             teacher_hidden,
             teacher_head,
             eta=self.config.eta,
+            temperature=self.config.temperature,
         )
 
     def _add(self, **values: Tensor) -> None:
@@ -142,7 +144,7 @@ class CastTrainer(Trainer):
             for name, total in self._sums.items():
                 logs[name] = self.accelerator.reduce(total / self._summed, "mean").item()
             self._sums, self._summed = {}, 0
-            logs.update(mask_health(self.optimizer))
+            logs.update(_masked_adam(self.optimizer).health())
         super().log(logs, start_time)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -151,34 +153,39 @@ class CastTrainer(Trainer):
             (Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}" / _COMPLETE).touch()
 
 
-def parameter_groups(model: PreTrainedModel, config: CastConfig) -> list[dict[str, Any]]:
-    """Split the trainable parameters into AdamS's groups: in scope (rows as groups), in scope transposed, the rest."""
+def parameter_groups(model: PreTrainedModel, config: TrainConfig) -> list[dict[str, Any]]:
+    """Split the trainable parameters into groups: in scope (rows as groups), in scope transposed, embeddings, the rest.
+
+    The rest are weight scales, norms and biases, which train at scale_lr times the learning rate.
+    """
     transposed = {id(module.weight): is_transposed(module) for _, module in scope(model)}
+    heads = [module for module in (model.get_input_embeddings(), model.get_output_embeddings()) if module is not None]
+    embeddings = {id(p) for module in heads for p in module.parameters()}
     trainable = [p for p in model.parameters() if p.requires_grad]
+    others = [p for p in trainable if id(p) not in transposed]
     groups: list[dict[str, Any]] = [
         {"params": [p for p in trainable if transposed.get(id(p)) is False], "sparse": True},
         {"params": [p for p in trainable if transposed.get(id(p)) is True], "sparse": True, "transposed": True},
-        {"params": [p for p in trainable if id(p) not in transposed]},
+        {"params": [p for p in others if id(p) in embeddings]},
+        {"params": [p for p in others if id(p) not in embeddings], "lr": config.lr * config.scale_lr},
     ]
     return [{**group, "mask_interval": config.mask_interval} for group in groups if group["params"]]
 
 
-@torch.no_grad()
-def mask_health(optimizer: Any) -> dict[str, float]:
-    """Return mean |masked|, mean |kept| and the mask flips of the last refresh."""
-    optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
-    masked = kept = count = 0.0
-    for group in optimizer.param_groups:
-        if group["sparse"]:
-            for p in group["params"]:
-                mask = optimizer.state[p]["mask"]
-                total = torch.linalg.vector_norm(p, 1).item()
-                part = torch.linalg.vector_norm(p * mask.view(torch.uint8), 1).item()
-                masked, kept, count = masked + total - part, kept + part, count + p.numel() / 2
-    return {"masked": masked / count, "kept": kept / count, "mask_flips": float(optimizer.mask_flips)}
+def _masked_adam(optimizer: Any) -> MaskedAdam:
+    return getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
 
 
-def uses_bf16(config: CastConfig, device: torch.device) -> bool:
+class _StartOptimizer(TrainerCallback):
+    """Masks the weights of methods whose forward is masked, after a checkpoint was loaded and before the first step."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        _masked_adam(kwargs["optimizer"]).start()
+
+
+def uses_bf16(config: TrainConfig, device: torch.device) -> bool:
     """Tell whether the passes run in bf16: as configured, or where the processor multiplies it natively."""
     if config.precision != "auto":
         return config.precision == "bf16"
@@ -187,7 +194,7 @@ def uses_bf16(config: CastConfig, device: torch.device) -> bool:
     return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-def training_arguments(config: CastConfig, directory: Path) -> TrainingArguments:
+def training_arguments(config: TrainConfig, directory: Path) -> TrainingArguments:
     """Translate the config for transformers.Trainer; checkpoints go to `directory`.
 
     Runs on the accelerator if there is one; under torchrun or `accelerate launch`, on all of them.

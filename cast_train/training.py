@@ -15,7 +15,7 @@ from rich.console import Console
 from transformers import AutoTokenizer
 
 from cast_train.budget import decay_budget
-from cast_train.config import CastConfig
+from cast_train.config import CastConfig, TrainConfig
 from cast_train.dataset import TokenBlocks, load_tokens
 from cast_train.health import Health, read_metrics
 from cast_train.mask import nm_mask
@@ -40,14 +40,14 @@ def train(
     source: str | Path,
     data: Sequence[str],
     out: str | Path,
-    config: CastConfig,
+    config: TrainConfig,
     *,
     resume: bool = False,
     force: bool = False,
     overwrite: bool = False,
     cache_dir: Path | None = None,
 ) -> dict[str, Any]:
-    """Train `source` to 2:4 with CAST and save it to `out`; return what training.json says.
+    """Train `source` to 2:4 by the config's method and save it to `out`; return what training.json says.
 
     While it runs, checkpoints and metrics lie in `<out>.run`; `out` appears when everything is done.
 
@@ -55,9 +55,9 @@ def train(
         source: directory or hub id of a dense causal LM with safetensors weights.
         data: see `cast_train.dataset.load_tokens`.
         out: directory to make.
-        config: method and budget; blocks longer than the model's context are shortened to it.
+        config: method (by its class) and budget; blocks longer than the model's context are shortened to it.
         resume: continue a run that was interrupted, if there is one.
-        force: train although the decay budget is hopeless.
+        force: train although the decay budget (of CAST) is hopeless.
         overwrite: replace `out` if it exists, when the new one is complete.
         cache_dir: where tokenized text is cached.
 
@@ -75,7 +75,12 @@ def train(
     config = config.within_context(context_length(dense))
     tokens = load_tokens(data, tokenizer, cache_dir)
     blocks = TokenBlocks(tokens, config.block_length, config.total_steps * config.blocks_per_step, config.seed)
-    identity = {"config": config.model_dump(), "data": tokens.fingerprint, "source": source_hash(directory)}
+    identity = {
+        "method": config.method,
+        "config": config.model_dump(),
+        "data": tokens.fingerprint,
+        "source": source_hash(directory),
+    }
     run = Run.find(out.with_name(out.name + ".run"), identity, resume=resume)
     checkpoint = last_checkpoint(run.directory)
     student = dense_model(dense, torch.float32)
@@ -102,18 +107,18 @@ def train(
 
     # Measure, and refuse what cannot succeed
     if not run.facts:
-        momentum = measure_momentum(trainer, blocks)
-        decay = config.decay_ratio * momentum if config.decay == "auto" else config.decay
-        budget = decay_budget(student, config.model_copy(update={"decay": decay}), momentum)
-        console.print(f"decay {decay:.3g}, momentum on masked weights {momentum:.3g} (root mean square)")
-        console.print(str(budget))
-        if budget.hopeless and not force:
-            with contextlib.suppress(FileNotFoundError):
-                run.directory.rmdir()  # Trainer has made it, still empty
-            budget.check()
+        facts: dict[str, Any] = {}
+        if isinstance(config, CastConfig):
+            try:
+                facts = plan_decay(trainer, config, blocks, console, force)
+            except InputError:
+                with contextlib.suppress(FileNotFoundError):
+                    run.directory.rmdir()  # Trainer has made it, still empty
+                raise
         trainer.accelerator.wait_for_everyone()  # have looked for a run before this one is there
-        run.begin(decay=decay, momentum=momentum, budget=budget.as_dict())
-    trainer.config = config.model_copy(update={"decay": run.facts["decay"]})
+        run.begin(**facts)
+    if isinstance(config, CastConfig):
+        trainer.config = config.model_copy(update={"decay": run.facts["decay"]})
 
     # Train
     if checkpoint is not None:
@@ -145,11 +150,28 @@ def train(
         with new_directory(out, overwrite, directory) as building:
             save_model(student, tokenizer, directory, building)
             shutil.copy(run.metrics, building)
-            plot_metrics(metrics, building / "training.png", f"CAST training of {directory.name}")
+            plot_metrics(metrics, building / "training.png", f"Training of {directory.name} by {config.method}")
             (building / "training.json").write_text(json.dumps(summary, indent=1) + "\n")
         shutil.rmtree(run.directory)
         console.print(f"saved {out}")
     return summary
+
+
+def plan_decay(
+    trainer: CastTrainer, config: CastConfig, blocks: TokenBlocks, console: Console, force: bool
+) -> dict[str, Any]:
+    """Measure what decides CAST's decay and whether it suffices; return decay, momentum and budget.
+
+    InputError if decay cannot bring the masked weights to zero, unless `force`.
+    """
+    momentum = measure_momentum(trainer, blocks)
+    decay = config.decay_ratio * momentum if config.decay == "auto" else config.decay
+    budget = decay_budget(trainer.student, config.model_copy(update={"decay": decay}), momentum)
+    console.print(f"decay {decay:.3g}, momentum on masked weights {momentum:.3g} (root mean square)")
+    console.print(str(budget))
+    if not force:
+        budget.check()
+    return {"decay": decay, "momentum": momentum, "budget": budget.as_dict()}
 
 
 def measure_momentum(trainer: CastTrainer, blocks: TokenBlocks) -> float:

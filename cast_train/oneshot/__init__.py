@@ -1,8 +1,8 @@
-"""One-shot 2:4 pruning: the baselines CAST is compared with, and the warm start of short runs.
+"""One-shot 2:4 pruning of a model or a directory: the warm start of short runs, and baselines.
 
-Each method is one function of a weight [N, K] and the Gram matrix of its inputs; `prune` walks the blocks.
+The methods themselves are in `cast_train.methods`; `prune` walks the blocks.
 """
 
-from cast_train.oneshot.prune import METHODS, prune
+from cast_train.oneshot.prune import prune
 
-__all__ = ["METHODS", "prune"]
+__all__ = ["prune"]

@@ -6,10 +6,11 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer
 
-from cast_train.config import CastConfig
+from cast_train.config import TrainConfig
 from cast_train.dataset import load_tokens
+from cast_train.methods import ONE_SHOT, TRAINED
 from cast_train.oneshot.calibration import calibration_samples
-from cast_train.oneshot.prune import METHODS, prune
+from cast_train.oneshot.prune import prune
 from cast_train.saving import save_model
 from conversion.atomic import new_directory
 from conversion.checkpoint import Checkpoint
@@ -19,14 +20,14 @@ from conversion.hub import local_model
 
 
 def prune_directory(
-    source: str | Path, data: Sequence[str], out: Path, method: str, config: CastConfig, overwrite: bool = False
+    source: str | Path, data: Sequence[str], out: Path, method: str, config: TrainConfig, overwrite: bool = False
 ) -> None:
     """Prune the model `source` with `method` and save it, float32, to the new directory `out`.
 
     Of `config` only calibration_tokens, block_length and seed matter. InputError if anything given is wrong.
     """
-    if method not in METHODS:
-        raise InputError(f"unknown method '{method}': use cast, {', '.join(METHODS)}")
+    if method not in ONE_SHOT:
+        raise InputError(f"unknown method '{method}': use {', '.join([*TRAINED, *ONE_SHOT])}")
     directory = local_model(source)
     with new_directory(out, overwrite, directory) as building:
         dense = Checkpoint(directory)

@@ -6,15 +6,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from cast_train.oneshot.magnitude import magnitude
-from cast_train.oneshot.sparsegpt import sparsegpt
-from cast_train.oneshot.wanda import wanda
+from cast_train.methods import CALIBRATED, ONE_SHOT
+from cast_train.methods.magnitude import magnitude
 from cast_train.sparse_model import is_transposed, scope
 from conversion.errors import InputError
 from conversion.progress import track
 
-METHODS = ("magnitude", "wanda", "sparsegpt")
-CALIBRATED = {"wanda": wanda, "sparsegpt": sparsegpt}
 SEQUENCES_PER_FORWARD = 8
 
 
@@ -28,15 +25,15 @@ def prune(model: PreTrainedModel, method: str, calibration: torch.Tensor | None 
 
     Args:
         model: a float32 causal language model.
-        method: one of METHODS.
+        method: a key of `cast_train.methods.ONE_SHOT`.
         calibration: int64 token ids [samples, length]; needed by wanda and sparsegpt.
         shrink: masked weights are multiplied by this; 0 cuts them and makes the model exactly 2:4.
 
     Raises:
         InputError: unknown method, or calibration text missing.
     """
-    if method not in METHODS:
-        raise InputError(f"unknown one-shot method '{method}': use one of {', '.join(METHODS)}")
+    if method not in ONE_SHOT:
+        raise InputError(f"unknown one-shot method '{method}': use one of {', '.join(ONE_SHOT)}")
     linears: set[nn.Module] = {module for _, module in scope(model)}
     if method == "magnitude":
         for linear in linears:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import cast_train.adams
+import cast_train.masked_adam
 from cast_train import AdamS, nm_mask
 from conversion.errors import InputError
 
@@ -142,7 +142,7 @@ def test_buckets_do_not_change_the_result(bucket: int, monkeypatch: pytest.Monke
         return parameters
 
     whole = trained()
-    monkeypatch.setattr(cast_train.adams, "_CPU_BUCKET", bucket)
+    monkeypatch.setattr(cast_train.masked_adam, "_CPU_BUCKET", bucket)
     for pieces, expected in zip(trained(), whole, strict=True):
         torch.testing.assert_close(pieces, expected, rtol=0, atol=1e-6)
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedModel
 
+from cast_train.methods.sparsegpt import DAMPING, sparsegpt
+from cast_train.methods.wanda import wanda
 from cast_train.oneshot import prune
-from cast_train.oneshot.sparsegpt import DAMPING, sparsegpt
-from cast_train.oneshot.wanda import wanda
 from conversion.errors import InputError
 
 

@@ -298,7 +298,7 @@ def test_refuses_an_existing_directory_unless_told_to_replace_it(llama: Setting)
     ("changes", "message"),
     [
         ({"lr": -1.0}, "lr"),
-        ({"schedule": "constant"}, "schedule"),
+        ({"schedule": "polynomial"}, "schedule"),
         ({"learning_rate": 1.0}, "learning_rate"),
         ({"decay": -1.0}, "decay"),
         ({"decay": "automatic"}, "decay"),
