@@ -23,9 +23,11 @@ OBJECTS = Path("build/cast24")
 FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wno-psabi"]
 # GCC's generic schedule costs 2 % at small batches, on Zen 4 too; its AVX-512 header warns about itself.
 AVX512_TUNING = ["-mtune=skylake-avx512", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"]
 FILE_FLAGS = {
     "avx2.cpp": ["-mavx2", "-mfma"],
-    "avx512.cpp": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", *AVX512_TUNING],
+    "avx512.cpp": [*AVX512, *AVX512_TUNING],
+    "avx512vnni.cpp": [*AVX512, "-mavx512vnni", "-mavx512vbmi", *AVX512_TUNING],
     "paged_attention.cpp": ["-ffp-contract=fast"],  # written in the compiler's vectors, which have no fma of their own
 }
 X86 = os.uname().machine in ("x86_64", "amd64")

@@ -57,7 +57,7 @@ class ModelInfo:
         sparse_weight_bytes: the part of weight_bytes in packed 2:4 linears.
         context_length: most tokens (prompt plus generated) of one request.
         vocab_size: size of the vocabulary.
-        kernel: instruction set the 2:4 kernel chose at run time ("avx512", "avx2", "portable").
+        kernel: instruction set the kernels chose at run time (cast_serve.kernels.ISAS).
     """
 
     pattern: str

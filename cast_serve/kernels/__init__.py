@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 from conversion.errors import InputError
 
 if TYPE_CHECKING:
-    from cast_serve.kernels.torch_ops import prepack
+    from cast_serve.kernels.torch_ops import prepack, prepack_quantized
 
-__all__ = ["ISAS", "isa", "library", "library_path", "prepack", "set_isa"]
+__all__ = ["ISAS", "isa", "library", "library_path", "prepack", "prepack_quantized", "set_isa"]
 
-ISAS = ("avx512", "avx2", "portable")
+ISAS = ("avx512vnni", "avx512", "avx2", "portable")
 """Instruction sets that the kernels are written for, best first."""
 
 
@@ -42,6 +42,16 @@ def library() -> ctypes.CDLL:
         prepack_function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64] + [
             ctypes.c_void_p
         ] * 2
+    loaded.cast24_quantized_panel_bytes.restype = ctypes.c_int64
+    loaded.cast24_quantized_panel_bytes.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+    loaded.cast24_prepack_quantized.restype = ctypes.c_int64
+    loaded.cast24_prepack_quantized.argtypes = [
+        *[ctypes.c_void_p] * 3,
+        *[ctypes.c_int64] * 3,
+        ctypes.c_int,
+        ctypes.c_int64,
+        ctypes.c_void_p,
+    ]
     return loaded
 
 
@@ -60,10 +70,10 @@ def set_isa(name: str) -> None:
 
 
 def __getattr__(name: str) -> Any:
-    if name == "prepack":
-        from cast_serve.kernels.torch_ops import prepack
+    if name in ("prepack", "prepack_quantized"):
+        from cast_serve.kernels import torch_ops
 
-        return prepack
+        return getattr(torch_ops, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

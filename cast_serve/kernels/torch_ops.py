@@ -2,11 +2,15 @@
 
     y = torch.ops.cast24.linear(x, values, bitmask, scale=None, bias=None)
     y = torch.ops.cast24.linear_packed(x, panel_values, panel_indices, out_features, bias=None)
+    y = torch.ops.cast24.linear_quantized(x, panels, out_features, bits, sparse, group_size, float_activations=False,
+                                          bias=None)
 
 x is [..., K], float32 or bfloat16, any strides; y is [..., N] of x's dtype; sums are float32. `linear` takes the
-portable tensors and packs them anew at every call: slow, for tests and for tools. `linear_packed` is the one to serve
-with. Both work under torch.compile and with fake tensors. They are not differentiable: no gradient flows to x (torch
-warns when a backward pass reaches them). Wrong shapes and dtypes raise RuntimeError.
+portable tensors and packs them anew at every call: slow, for tests and for tools. The other two are for serving:
+`linear_packed` with what `prepack` returns, `linear_quantized` with what `prepack_quantized` returns. Quantized weights
+see x rounded to 8 bits, with a scale for each row and group of columns, unless `float_activations`. All work under
+torch.compile and with fake tensors. They are not differentiable: no gradient flows to x (torch warns when a backward
+pass reaches them). Wrong shapes and dtypes raise RuntimeError.
 """
 
 import math
@@ -19,17 +23,15 @@ from conversion.errors import InputError
 
 PANEL_ROWS = 16
 HUGE_PAGE = 2 << 20
+GROUP_SIZES = (32, 64, 128, 256)
 
 
-def prepack(
-    values: torch.Tensor, bitmask: torch.Tensor, scale: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def prepack(values: torch.Tensor, bitmask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (panel_values, panel_indices), the layout that `linear_packed` takes.
 
     Args:
         values: [N, K/2] float32 or bfloat16, kept values in ascending column order.
         bitmask: [N, K/8] uint8, bit c%8 of byte c//8 set where column c is kept.
-        scale: must be None; quantized values have no CPU kernel yet.
 
     Returns:
         panel_values: [P, K/4, 2, 16] float32 or [P, K/4, 16, 2] bfloat16, P = ceil(N / 16).
@@ -38,8 +40,6 @@ def prepack(
     Raises:
         InputError: wrong shapes or dtypes, or a group that does not keep exactly two (named by row and group).
     """
-    if scale is not None:
-        raise InputError("prepack: scale must be None, because quantized values have no CPU kernel yet")
     if values.dtype not in (torch.float32, torch.bfloat16):
         raise InputError(f"prepack: values must be float32 or bfloat16, not {values.dtype}")
     if values.dim() != 2 or values.shape[1] % 4 != 0 or values.shape[1] == 0:
@@ -57,11 +57,73 @@ def prepack(
     pack = library().cast24_prepack_bf16 if bf16 else library().cast24_prepack_f32
     bad = pack(values.data_ptr(), bitmask.data_ptr(), rows, columns, panel_values.data_ptr(), panel_indices.data_ptr())
     if bad >= 0:
-        raise InputError(
-            f"prepack: the bitmask does not keep exactly two in row {bad // groups}, group {bad % groups}: "
-            "the checkpoint is damaged, convert it again"
-        )
+        raise InputError(_not_two(bad, groups))
     return panel_values, panel_indices
+
+
+def prepack_quantized(
+    values: torch.Tensor, bitmask: torch.Tensor | None, scale: torch.Tensor, group_size: int | None = None
+) -> tuple[torch.Tensor, int, int]:
+    """Return (panels, bits, group size of the panels): what `linear_quantized` takes.
+
+    Args:
+        values: codes [N, K/2] int8, or [N, K/4] uint8 with two int4 in each, the earlier one in the low half; of a
+            dense weight [N, K] int8 or [N, K/2] uint8.
+        bitmask: [N, K/8] uint8, or None for a dense weight.
+        scale: [N, 1] or [N, ceil(K / group_size)] float32.
+        group_size: columns of one scale: 32, 64, 128 or 256; None for one scale per row.
+
+    Returns:
+        panels: [P, bytes] uint8, P = ceil(N / 16).
+
+    Raises:
+        InputError: wrong shapes or dtypes, or a group that does not keep exactly two (named by row and group).
+    """
+    if values.dtype not in (torch.int8, torch.uint8) or values.dim() != 2:
+        raise InputError(f"prepack: quantized values must be int8 or uint8 matrices, not {values.dtype}")
+    bits = 8 if values.dtype == torch.int8 else 4
+    rows, columns = values.shape[0], values.shape[1] * 8 // bits * (1 if bitmask is None else 2)
+    if columns % 8 or not values.numel():
+        raise InputError(f"prepack: the number of columns must be a positive multiple of 8, not {columns}")
+    if bitmask is not None and (bitmask.dtype != torch.uint8 or bitmask.shape != (rows, columns // 8)):
+        raise InputError(
+            f"prepack: bitmask must be uint8 {[rows, columns // 8]}, not {bitmask.dtype} {list(bitmask.shape)}"
+        )
+    if group_size is not None and group_size not in GROUP_SIZES:
+        raise InputError(f"prepack: group size {group_size} has no kernel: use {', '.join(map(str, GROUP_SIZES))}")
+    scale_columns, group = group_size or columns, group_size or 128
+    if scale.dtype != torch.float32 or scale.shape != (rows, -(-columns // scale_columns)):
+        raise InputError(
+            f"prepack: scale must be float32 {[rows, -(-columns // scale_columns)]}, not {scale.dtype} "
+            f"{list(scale.shape)}"
+        )
+    panels = _empty(
+        (-(-rows // PANEL_ROWS), library().cast24_quantized_panel_bytes(bits, bitmask is not None, columns, group)),
+        torch.uint8,
+    )
+    values, scale = values.contiguous(), scale.contiguous()
+    mask = None if bitmask is None else bitmask.contiguous()
+    bad = library().cast24_prepack_quantized(
+        values.data_ptr(),
+        None if mask is None else mask.data_ptr(),
+        scale.data_ptr(),
+        scale_columns,
+        rows,
+        columns,
+        bits,
+        group,
+        panels.data_ptr(),
+    )
+    if bad >= 0:
+        raise InputError(_not_two(bad, columns // 4))
+    return panels, bits, group
+
+
+def _not_two(bad: int, groups: int) -> str:
+    return (
+        f"prepack: the bitmask does not keep exactly two in row {bad // groups}, group {bad % groups}: "
+        "the checkpoint is damaged, convert it again"
+    )
 
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -98,6 +160,19 @@ def _register() -> None:
         panel_values: torch.Tensor,
         panel_indices: torch.Tensor,
         out_features: int,
+        bias: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        return x.new_empty((*x.shape[:-1], out_features))
+
+    @torch.library.register_fake("cast24::linear_quantized")
+    def _(
+        x: torch.Tensor,
+        panels: torch.Tensor,
+        out_features: int,
+        bits: int,
+        sparse: bool,
+        group_size: int,
+        float_activations: bool = False,
         bias: torch.Tensor | None = None,
     ) -> torch.Tensor:
         return x.new_empty((*x.shape[:-1], out_features))

@@ -150,8 +150,6 @@ def test_prepack_refuses_wrong_shapes_and_dtypes() -> None:
     ]:
         with pytest.raises(InputError, match=complaint):
             prepack(bad_values, bad_bitmask)
-    with pytest.raises(InputError, match="scale must be None"):
-        prepack(values, bitmask, torch.ones(4, 1))
 
 
 def test_an_unknown_instruction_set_is_refused() -> None:

@@ -120,7 +120,7 @@ def test_wrong_arguments_are_named() -> None:
         ((x, layer.values, layer.bitmask[:, :4]), r"bitmask must have shape \[33, 5\]"),
         ((x, layer.values[:, :18], layer.bitmask), r"values must have shape \[33, 20\]"),
         ((x, layer.values, layer.bitmask.int()), "bitmask must be uint8"),
-        ((x, layer.values, layer.bitmask, torch.ones(33, 1)), "scale must be None"),
+        ((x, layer.values, layer.bitmask, torch.ones(33, 1)), "values with a scale must be int8"),
     ]:
         with pytest.raises(RuntimeError, match=complaint):
             ops.linear(*arguments)

@@ -8,15 +8,23 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 import pytest
+import torch
 from onnx import TensorProto, helper
 
 from cast_serve.engine.library import executed
-from cast_serve.kernels import library_path
+from cast_serve.kernels import ISAS, library_path, prepack_quantized
+from tests.cast_serve.test_quantized_kernels import FORMATS, quantized_layer
 
-ELEMENT_TYPES = {"float32": TensorProto.FLOAT, "int32": TensorProto.INT32, "uint32": TensorProto.UINT32}
+ELEMENT_TYPES = {
+    "uint8": TensorProto.UINT8,
+    "int64": TensorProto.INT64,
+    "float32": TensorProto.FLOAT,
+    "int32": TensorProto.INT32,
+    "uint32": TensorProto.UINT32,
+}
 
 
-@pytest.fixture(params=["avx512", "avx2", "portable"])
+@pytest.fixture(params=ISAS)
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     library = ctypes.CDLL(str(library_path()))
     library.cast24_isa.restype = ctypes.c_char_p
@@ -112,6 +120,67 @@ def test_dense_linear(isa: str, m: int, k: int, n: int, bf16: bool) -> None:
     session = op_session("DenseLinear", feeds, [bf16_constant("weight", weight)] if bf16 else [])
     y = session.run(None, {name: array for name, array in feeds.items() if array is not None})[0]
     np.testing.assert_allclose(y, x.astype(np.float64) @ weight.T.astype(np.float64), rtol=0, atol=1e-4)
+
+
+def quantized(rng: np.random.Generator, n: int, k: int, bits: int, group: int) -> tuple[np.ndarray, np.ndarray]:
+    """Panels of a dense weight [n, k], written out element by element from their definition, and the weight."""
+    codes = rng.integers(-(1 << bits - 1) + 1, 1 << bits - 1, (n, k))
+    scale = rng.random((n, -(-k // group)), np.float32) + np.float32(0.1)
+    panels = []
+    for first in range(0, n, 16):
+        panel = b""
+        for g, begin in enumerate(range(0, k, group)):
+            block = np.zeros((16, group), np.int64)
+            part = codes[first : first + 16, begin : begin + group]
+            block[: len(part), : part.shape[1]] = part
+            scales = np.zeros(16, np.float32)
+            scales[: len(part)] = scale[first : first + 16, g]
+            panel += scales.tobytes() + block.sum(1).astype(np.int16).tobytes()
+            for word in range(begin, min(begin + group, -(-k // 32) * 32), 32):
+                fours = block[:, word - begin : word - begin + 32].reshape(16, 8, 4).transpose(1, 0, 2)
+                if bits == 4:
+                    fours = fours[0::2] & 15 | (fours[1::2] & 15) << 4
+                panel += fours.astype(np.uint8).tobytes()
+        panels.append(np.frombuffer(panel, np.uint8))
+    return np.stack(panels), codes * np.repeat(scale.astype(np.float64), group, axis=1)[:, :k]
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(("m", "k", "n"), [(1, 8, 1), (3, 40, 33), (17, 200, 50)])
+def test_dense_nbits_and_its_embedding(isa: str, m: int, k: int, n: int, bits: int) -> None:
+    rng = np.random.default_rng(m * n)
+    panels, weight = quantized(rng, n, k, bits, 64)
+    x, bias = rng.standard_normal((1, m, k), np.float32), rng.standard_normal(n, np.float32)
+    feeds = {"x": x, "panels": panels, "bias": bias}
+    attributes = {"N": n, "K": k, "bits": bits, "group_size": 64}
+    exact = x.astype(np.float64) @ weight.T + bias
+    y = op_session("DenseNBits", feeds, **attributes, float_activations=1).run(None, feeds)[0]
+    np.testing.assert_allclose(y, exact, rtol=1e-5, atol=1e-3)
+    rounded = op_session("DenseNBits", feeds, **attributes).run(None, feeds)[0]
+    assert 1e-5 * np.abs(exact).max() < np.abs(rounded - exact).max() < 0.03 * np.abs(exact).max() + 1e-3
+    ids = rng.integers(0, n, (2, 3))
+    found = op_session("EmbeddingNBits", {"ids": ids, "panels": panels}, **attributes).run(
+        None, {"ids": ids, "panels": panels}
+    )[0]
+    np.testing.assert_allclose(found, weight[ids], rtol=1e-6)
+    with pytest.raises(Exception, match=f"id {n} is outside the {n} rows"):
+        op_session("EmbeddingNBits", {"ids": ids, "panels": panels}, **attributes).run(
+            None, {"ids": ids + n - ids, "panels": panels}
+        )
+
+
+def test_sparse24_matmul_nbits_is_the_kernel() -> None:
+    for quantization in FORMATS:
+        stored, bitmask, scale, _ = quantized_layer(40, 288, quantization, sparse=True)
+        panels, bits, group = prepack_quantized(stored, bitmask, scale, quantization.group_size)
+        x = torch.randn(5, 288)
+        feeds = {"x": x.numpy(), "panels": panels.numpy()}
+        for exact in (0, 1):
+            session = op_session(
+                "Sparse24MatMulNBits", feeds, N=40, K=288, bits=bits, group_size=group, float_activations=exact
+            )
+            expected = torch.ops.cast24.linear_quantized(x, panels, 40, bits, True, group, bool(exact))
+            assert np.array_equal(session.run(None, feeds)[0], expected.numpy())
 
 
 def test_wrong_shapes_are_named() -> None:

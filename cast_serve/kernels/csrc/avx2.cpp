@@ -2,6 +2,7 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
+#include "quantized_tile.h"
 #include "tile.h"
 
 namespace cast24 {
@@ -50,9 +51,86 @@ struct Avx2 {
   static Vec high(Words w) { return _mm256_castsi256_ps(_mm256_and_si256(w, _mm256_set1_epi32(-65536))); }
 };
 
+// Without VNNI: 16-bit sums of two byte products (|x| <= 127 and |w| <= 127, so they fit), then of four.
+struct Avx2Bytes {
+  using Ints = __m256i;
+  using Sums = __m256i;
+  using Floats = __m256;
+  static constexpr int W = 8;
+  static constexpr int kTileRows = 2;
+  static constexpr int kOffset = 0;
+  static constexpr int kNibble = 1;
+
+  static Ints load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+  static Ints low(Ints bytes) {
+    const Ints values = _mm256_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1,  //
+                                         0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1);
+    return _mm256_shuffle_epi8(values, _mm256_and_si256(bytes, _mm256_set1_epi8(15)));
+  }
+  static Ints high(Ints bytes) { return low(_mm256_srli_epi16(bytes, 4)); }
+  static Ints columns(Ints words, int block) {
+    // The block's byte four times; shifted by 4 in the upper half of a lane, then by 2 in odd bytes.
+    const Ints four = _mm256_set1_epi32(0x01010101 * block);
+    const Ints lane = _mm256_setr_epi32(0, 0x04040404, 0x08080808, 0x0c0c0c0c, 0, 0x04040404, 0x08080808, 0x0c0c0c0c);
+    const Ints bytes = _mm256_shuffle_epi8(words, _mm256_add_epi8(four, lane));
+    const Ints halves = _mm256_blend_epi16(bytes, _mm256_srli_epi16(bytes, 4), 0xaa);
+    const Ints fields = _mm256_blendv_epi8(halves, _mm256_srli_epi16(halves, 2), _mm256_set1_epi16(-256));
+    const int first = block % 2 ? 0x0c0c0808 : 0x04040000;
+    return _mm256_or_si256(_mm256_and_si256(fields, _mm256_set1_epi8(3)), _mm256_set1_epi32(first));
+  }
+  static Ints table(const uint8_t* p) {
+    return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  static Ints pick(Ints table, Ints columns) { return _mm256_shuffle_epi8(table, columns); }
+  static Ints broadcast(const uint8_t* p) {
+    int four;
+    __builtin_memcpy(&four, p, sizeof four);
+    return _mm256_set1_epi32(four);
+  }
+  static Sums dot(Sums sum, Ints x, Ints w) {
+    const Ints pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(x), _mm256_sign_epi8(w, x));
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+  }
+  static Sums start(const int16_t*, int) { return _mm256_setzero_si256(); }
+
+  static Floats load_floats(const float* p) { return _mm256_loadu_ps(p); }
+  static void store_floats(float* p, Floats v) { _mm256_storeu_ps(p, v); }
+  static Floats set(float value) { return _mm256_set1_ps(value); }
+  static Floats to_float(Sums v) { return _mm256_cvtepi32_ps(v); }
+  static Floats mul(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
+  static Floats fma(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
+
+  // columns is a multiple of 8, since K is.
+  static float quantize(const float* x, int64_t columns, int offset, uint8_t* q) {
+    Floats most = _mm256_setzero_ps(), poison = most;
+    for (int64_t k = 0; k < columns; k += W) {
+      const Floats v = _mm256_loadu_ps(x + k);
+      most = _mm256_max_ps(most, _mm256_andnot_ps(_mm256_set1_ps(-0.0f), v));
+      poison = _mm256_fmadd_ps(v, _mm256_setzero_ps(), poison);
+    }
+    float lanes[2][W], largest = 0.0f, rest = 0.0f;
+    _mm256_storeu_ps(lanes[0], most);
+    _mm256_storeu_ps(lanes[1], poison);
+    for (int i = 0; i < W; ++i) {
+      largest = lanes[0][i] > largest ? lanes[0][i] : largest;
+      rest += lanes[1][i];
+    }
+    const Floats inverse = _mm256_set1_ps(largest > 0 ? 127.0f / largest : 0.0f);
+    for (int64_t k = 0; k < columns; k += W) {
+      const Ints rounded = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + k), inverse));
+      const Ints words = _mm256_packs_epi32(rounded, rounded), bytes = _mm256_packs_epi16(words, words);
+      const int parts[2] = {_mm256_extract_epi32(bytes, 0), _mm256_extract_epi32(bytes, 4)};
+      __builtin_memcpy(q + k, parts, sizeof parts);
+    }
+    (void)offset;
+    return largest / 127.0f + rest;
+  }
+};
+
 }  // namespace
 
-const Isa kAvx2 = make_isa<Avx2>("avx2");
+const QuantizedKernels kQuantizedAvx2 = {tile_quantized<Avx2Bytes>, quantize_rows<Avx2Bytes>};
+const Isa kAvx2 = make_isa<Avx2>("avx2", &kQuantizedAvx2);
 
 }  // namespace cast24
 #endif

@@ -46,7 +46,8 @@ struct Avx512 {
 
 }  // namespace
 
-const Isa kAvx512 = make_isa<Avx512>("avx512");
+const Isa kAvx512 = make_isa<Avx512>("avx512", &kQuantizedAvx2);
+const Isa kAvx512Vnni = make_isa<Avx512>("avx512vnni", &kQuantizedVnni);
 
 }  // namespace cast24
 #endif

@@ -57,7 +57,33 @@ CAST24_API int64_t cast24_linear_bitmask_bf16(const float* x, const uint16_t* va
                                               const float* bias, float* y, int64_t M, int64_t N, int64_t K,
                                               cast24_parallel_for run, void* pool);
 
-/* Name of the instruction set in use: "avx512", "avx2" or "portable". The best one that CPU and operating system
+/* Quantized weights, 2:4 or dense: int8 (-127..127) or int4, a float scale for each row and group of columns. K is a
+ * multiple of 8, `group` 32, 64, 128 or 256. A panel of 16 rows is one run of bytes, read front to back; for each group:
+ *   scale f32 [16], sum i16 [16] of the group's integers, then for each 32 columns (K is padded with zeros):
+ *   2:4    index u32 [16] as above; int8 [4, 16, 4]: block b has the four kept of columns 8 b .. 8 b + 7 of each row;
+ *          or int4 [2, 16, 4] bytes: byte c has block 2 c in its low half, block 2 c + 1 in its high half
+ *   dense  int8 [8, 16, 4]: block b has columns 4 b .. 4 b + 3; or int4 [4, 16, 4] bytes, halves as above
+ */
+CAST24_API int64_t cast24_quantized_panel_bytes(int bits, int sparse, int64_t K, int64_t group);
+
+/* Portable format to panels: values int8, or two int4 in a byte (the first in its low half), [N, K/2] or dense [N, K];
+ * bitmask [N, K/8], or NULL for dense; scale [N, ceil(K / scale_columns)], scale_columns a multiple of group or all of K.
+ * Returns -1, or row * (K / 4) + group of the first group of four that does not keep exactly two. */
+CAST24_API int64_t cast24_prepack_quantized(const uint8_t* values, const uint8_t* bitmask, const float* scale,
+                                            int64_t scale_columns, int64_t N, int64_t K, int bits, int64_t group,
+                                            uint8_t* panels);
+
+/* y = x W^T + bias. x is rounded to 8 bits with a scale for each row and group, and products are summed exactly; or, with
+ * float_activations, x is used as it is, which is slower. */
+CAST24_API void cast24_linear_quantized(const float* x, const uint8_t* panels, const float* bias, float* y, int64_t M,
+                                        int64_t N, int64_t K, int bits, int sparse, int64_t group, int float_activations,
+                                        cast24_parallel_for run, void* pool);
+
+/* Rows `rows` of a dense quantized weight as float32: out [count, K]. */
+CAST24_API void cast24_quantized_rows(const int64_t* rows, int64_t count, const uint8_t* panels, int64_t K, int bits,
+                                      int64_t group, float* out);
+
+/* Name of the instruction set in use: "avx512vnni", "avx512", "avx2" or "portable". The best one that CPU and operating system
  * support, unless the environment variable CAST24_ISA or cast24_set_isa names another. */
 CAST24_API const char* cast24_isa(void);
 

@@ -3,6 +3,8 @@
 
 #include <stdint.h>
 
+#include "quantized.h"
+
 namespace cast24 {
 
 constexpr int kPanelRows = 16;
@@ -10,8 +12,18 @@ constexpr int kTilePanels = 4;                        // most panels that one ti
 constexpr int kTileWidth = kTilePanels * kPanelRows;  // outputs per tile row
 constexpr int kDenseRows = 4;                         // weight rows that one dense call works on
 
+// What it takes to multiply by quantized weights (see quantized_tile.h).
+struct QuantizedKernels {
+  // tile [rows, kTileWidth] += x W^T for one panel.
+  void (*tile)(const QuantizedRows& x, int64_t rows, const QuantizedLayout& layout, const uint8_t* panel, float* tile);
+
+  // Round rows of x [rows, K] as `tile` wants them: q [rows, words * 32], scale [rows, groups].
+  void (*quantize_rows)(const float* x, int64_t rows, const QuantizedLayout& layout, uint8_t* q, float* scale);
+};
+
 struct Isa {
   const char* name;
+  const QuantizedKernels* quantized;
 
   // tile [rows, kTileWidth] += x W^T for `panels` adjacent panels; `values` and `indices` point at the first one.
   void (*tile_f32)(const float* x, int64_t rows, int64_t K, const float* values, const uint32_t* indices, int panels,
@@ -27,9 +39,13 @@ struct Isa {
 };
 
 extern const Isa kPortable;
+extern const QuantizedKernels kQuantizedPortable;
 #if defined(__x86_64__)
 extern const Isa kAvx2;
+extern const QuantizedKernels kQuantizedAvx2;
 extern const Isa kAvx512;
+extern const Isa kAvx512Vnni;
+extern const QuantizedKernels kQuantizedVnni;
 #endif
 
 const Isa& isa();

@@ -1,6 +1,7 @@
 // Any CPU: loops over 16 lanes, which the compiler turns into whatever the target's baseline offers.
 #include <string.h>
 
+#include "quantized_tile.h"
 #include "tile.h"
 
 namespace cast24 {
@@ -91,8 +92,99 @@ struct Portable {
   }
 };
 
+struct PortableBytes {
+  static constexpr int W = 16;
+  struct Ints {
+    int8_t byte[W][4];
+  };
+  struct Sums {
+    int32_t lane[W];
+  };
+  using Floats = Portable::Vec;
+  static constexpr int kTileRows = 1;
+  static constexpr int kOffset = 0;
+  static constexpr int kNibble = 1;
+
+  static Ints load(const void* p) {
+    Ints v;
+    memcpy(v.byte, p, sizeof v.byte);
+    return v;
+  }
+  static Ints low(Ints v) {
+    for (int i = 0; i < W; ++i)
+      for (int b = 0; b < 4; ++b) v.byte[i][b] = static_cast<int8_t>(((v.byte[i][b] & 15) ^ 8) - 8);
+    return v;
+  }
+  static Ints high(Ints v) {
+    for (int i = 0; i < W; ++i)
+      for (int b = 0; b < 4; ++b) v.byte[i][b] = static_cast<int8_t>(v.byte[i][b] >> 4);
+    return v;
+  }
+  static Ints columns(const Ints& words, int block) {
+    Ints v;
+    for (int i = 0; i < W; ++i)
+      for (int b = 0; b < 4; ++b)
+        v.byte[i][b] = static_cast<int8_t>((static_cast<uint8_t>(words.byte[i][block]) >> 2 * b & 3) + b / 2 * 4 + block % 2 * 8);
+    return v;
+  }
+  static Ints table(const uint8_t* p) {
+    Ints v;
+    for (int i = 0; i < W; i += 4) memcpy(v.byte[i], p, 16);
+    return v;
+  }
+  static Ints pick(const Ints& table, const Ints& columns) {
+    Ints v;
+    for (int i = 0; i < W; ++i)
+      for (int b = 0; b < 4; ++b) v.byte[i][b] = table.byte[columns.byte[i][b] / 4][columns.byte[i][b] % 4];
+    return v;
+  }
+  static Ints broadcast(const uint8_t* p) {
+    Ints v;
+    for (int i = 0; i < W; ++i) memcpy(v.byte[i], p, 4);
+    return v;
+  }
+  static Sums dot(Sums sum, const Ints& x, const Ints& w) {
+    for (int i = 0; i < W; ++i)
+      for (int b = 0; b < 4; ++b) sum.lane[i] += x.byte[i][b] * w.byte[i][b];
+    return sum;
+  }
+  static Sums start(const int16_t*, int) { return {}; }
+
+  static Floats load_floats(const float* p) { return Portable::load(p); }
+  static void store_floats(float* p, const Floats& v) { Portable::store(p, v); }
+  static Floats set(float value) {
+    Floats v;
+    for (int i = 0; i < W; ++i) v.lane[i] = value;
+    return v;
+  }
+  static Floats to_float(const Sums& sums) {
+    Floats v;
+    for (int i = 0; i < W; ++i) v.lane[i] = static_cast<float>(sums.lane[i]);
+    return v;
+  }
+  static Floats mul(Floats a, const Floats& b) {
+    for (int i = 0; i < W; ++i) a.lane[i] *= b.lane[i];
+    return a;
+  }
+  static Floats fma(const Floats& a, const Floats& b, const Floats& c) { return Portable::fma(a, b, c); }
+
+  static float quantize(const float* x, int64_t columns, int offset, uint8_t* q) {
+    float largest = 0.0f, poison = 0.0f;
+    for (int64_t k = 0; k < columns; ++k) {
+      const float magnitude = x[k] < 0 ? -x[k] : x[k];
+      largest = magnitude > largest ? magnitude : largest;
+      poison += x[k] * 0.0f;
+    }
+    const float inverse = largest > 0 ? 127.0f / largest : 0.0f;
+    for (int64_t k = 0; k < columns; ++k)
+      q[k] = static_cast<uint8_t>(static_cast<int>(__builtin_rintf(x[k] * inverse)) + offset);
+    return largest / 127.0f + poison;
+  }
+};
+
 }  // namespace
 
-const Isa kPortable = make_isa<Portable>("portable");
+const QuantizedKernels kQuantizedPortable = {tile_quantized<PortableBytes>, quantize_rows<PortableBytes>};
+const Isa kPortable = make_isa<Portable>("portable", &kQuantizedPortable);
 
 }  // namespace cast24

@@ -1,11 +1,9 @@
 // Portable format to panel layout.
 #include <stdint.h>
 #include <string.h>
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 #include "cast24.h"
+#include "huge_pages.h"
 #include "isa.h"
 #include "panel.h"
 
@@ -47,19 +45,6 @@ template int64_t pack_panel(const float*, const uint8_t*, int64_t, int64_t, int6
 template int64_t pack_panel(const uint16_t*, const uint8_t*, int64_t, int64_t, int64_t, uint16_t*, uint32_t*);
 
 namespace {
-
-// Asks for huge pages under memory that is about to be written first: a layer is read front to back at every token, and
-// with 4 kB pages address translation costs up to a quarter of the time. A hint, so failure does not matter.
-void advise_huge_pages(void* memory, size_t bytes) {
-#if defined(__linux__)
-  constexpr uintptr_t kHugePage = 2 << 20;
-  const uintptr_t start = (reinterpret_cast<uintptr_t>(memory) + kHugePage - 1) & ~(kHugePage - 1);
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + bytes) & ~(kHugePage - 1);
-  if (start < end) madvise(reinterpret_cast<void*>(start), end - start, MADV_HUGEPAGE);
-#else
-  (void)memory, (void)bytes;
-#endif
-}
 
 template <class T>
 int64_t prepack(const T* values, const uint8_t* bitmask, int64_t N, int64_t K, T* panel_values, uint32_t* panel_indices) {

@@ -20,7 +20,7 @@ constexpr uint32_t kOrtApiVersion = 17;
 
 enum OrtErrorCode : int { kOrtFail = 1, kOrtInvalidArgument = 2 };
 
-enum OrtElementType : int { kAnyType = 0, kFloat = 1, kInt32 = 6, kUint32 = 12, kBFloat16 = 16 };
+enum OrtElementType : int { kAnyType = 0, kFloat = 1, kUint8 = 2, kInt32 = 6, kInt64 = 7, kUint32 = 12, kBFloat16 = 16 };
 
 enum OrtCharacteristic : int { kRequired = 0, kOptional = 1 };
 

@@ -4,22 +4,36 @@
 #include "attention_op.h"
 #include "custom_op.h"
 #include "linear_ops.h"
+#include "quantized_ops.h"
 
 namespace cast24 {
 namespace {
 
-CustomOp<Sparse24MatMul> sparse_op;
-CustomOp<DenseLinear> dense_op;
-CustomOp<PagedAttention> attention_op;
+template <typename Op>
+CustomOp<Op> op;
+
+template <typename... Op>
+struct Registry {
+  static OrtStatus* add_to(const OrtApi& api, OrtCustomOpDomain* domain) {
+    OrtStatus* status = nullptr;
+    ((status = status ? status : api.CustomOpDomain_Add(domain, &op<Op>)), ...);
+    return status;
+  }
+  // What the op called `name` has executed; nullptr if there is none.
+  static const Executed* executed(const char* name) {
+    const Executed* found = nullptr;
+    ((found = std::strcmp(name, Op::name) == 0 ? &CustomOp<Op>::executed : found), ...);
+    return found;
+  }
+};
+
+using Ops = Registry<Sparse24MatMul, Sparse24MatMulNBits, DenseLinear, DenseNBits, EmbeddingNBits, PagedAttention>;
 
 OrtStatus* register_ops(const OrtApi& api, OrtSessionOptions* options) {
   // Never released, as sessions keep pointing at it; and not shared, as it belongs to the runtime that asks.
   OrtCustomOpDomain* domain = nullptr;
   if (OrtStatus* status = api.CreateCustomOpDomain("cast24", &domain)) return status;
-  for (const OrtCustomOp* op : {static_cast<OrtCustomOp*>(&sparse_op), static_cast<OrtCustomOp*>(&dense_op),
-                                static_cast<OrtCustomOp*>(&attention_op)}) {
-    if (OrtStatus* status = api.CustomOpDomain_Add(domain, op)) return status;
-  }
+  if (OrtStatus* status = Ops::add_to(api, domain)) return status;
   return api.AddCustomOpDomain(options, domain);
 }
 
@@ -34,14 +48,10 @@ CAST24_API cast24::OrtStatus* RegisterCustomOps(cast24::OrtSessionOptions* optio
   return cast24::register_ops(cast24::OrtApi(table), options);
 }
 
-// Nodes of op `name` ("Sparse24MatMul", "DenseLinear", "PagedAttention"), in all sessions now loaded in this process, that
-// have executed at least once; *weight_bytes is set to the bytes of the weights they read. -1 if there is no such op.
+// Nodes of op `name` ("Sparse24MatMul" and so on), in all sessions now loaded in this process, that have executed at least
+// once; *weight_bytes is set to the bytes of the weights they read. -1 if there is no such op.
 CAST24_API int64_t cast24_ort_executed(const char* name, int64_t* weight_bytes) {
-  using namespace cast24;
-  const Executed* executed = nullptr;
-  if (std::strcmp(name, Sparse24MatMul::name) == 0) executed = &CustomOp<Sparse24MatMul>::executed;
-  if (std::strcmp(name, DenseLinear::name) == 0) executed = &CustomOp<DenseLinear>::executed;
-  if (std::strcmp(name, PagedAttention::name) == 0) executed = &CustomOp<PagedAttention>::executed;
+  const cast24::Executed* executed = cast24::Ops::executed(name);
   if (executed == nullptr) return -1;
   *weight_bytes = executed->weight_bytes;
   return executed->nodes;

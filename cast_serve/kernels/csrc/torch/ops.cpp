@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <memory>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -113,10 +114,70 @@ Tensor linear_packed(const Tensor& x, const Tensor& panel_values, const Tensor& 
   return x.scalar_type() == ScalarType::Float ? y : torch::stable::to(y, x.scalar_type());
 }
 
+int64_t panel_group(int64_t K, int64_t scales) {
+  if (scales == 1) return 128;  // one scale for a row: any group will do
+  for (int64_t group : {32, 64, 128, 256})
+    if ((K + group - 1) / group == scales) return group;
+  return 0;
+}
+
+Tensor quantized_product(const char* op, const Tensor& x, const uint8_t* panels, int64_t N, int bits, bool sparse,
+                         int64_t group, bool float_activations, const std::optional<Tensor>& bias) {
+  const Tensor input = activations(op, x);
+  const std::optional<Tensor> bias_f32 = bias_of(op, bias, N);
+  const Tensor y = output_of(input, N);
+  const int64_t K = x.size(-1);
+  cast24_linear_quantized(data<float>(input), panels, bias_f32 ? data<float>(*bias_f32) : nullptr,
+                          static_cast<float*>(y.mutable_data_ptr()), input.numel() / K, N, K, bits, sparse, group,
+                          float_activations, on_torch_threads, nullptr);
+  return x.scalar_type() == ScalarType::Float ? y : torch::stable::to(y, x.scalar_type());
+}
+
+Tensor linear_quantized(const Tensor& x, const Tensor& panels, int64_t out_features, int64_t bits, bool sparse,
+                        int64_t group_size, bool float_activations, const std::optional<Tensor>& bias) {
+  const char* op = "linear_quantized";
+  if (x.dim() < 1) fail(op, "x must have at least one axis");
+  if (bits != 8 && bits != 4) fail(op, "bits must be 8 or 4, not ", bits);
+  if (group_size != 32 && group_size != 64 && group_size != 128 && group_size != 256)
+    fail(op, "group_size must be 32, 64, 128 or 256, not ", group_size);
+  if (out_features < 1) fail(op, "out_features must be positive, not ", out_features);
+  if (panels.scalar_type() != ScalarType::Byte || !panels.is_contiguous()) fail(op, "panels must be contiguous uint8");
+  require_shape(op, "panels", panels,
+                {(out_features + kPanelRows - 1) / kPanelRows,
+                 cast24_quantized_panel_bytes(static_cast<int>(bits), sparse, x.size(-1), group_size)});
+  return quantized_product(op, x, data<uint8_t>(panels), out_features, static_cast<int>(bits), sparse, group_size,
+                           float_activations, bias);
+}
+
+// The portable tensors of quantized values, packed anew.
+Tensor linear_portable_quantized(const Tensor& x, const Tensor& values, const Tensor& bitmask, const Tensor& scale,
+                                 const std::optional<Tensor>& bias) {
+  const char* op = "linear";
+  const int64_t K = activations(op, x).size(-1), N = values.dim() == 2 ? values.size(0) : 0;
+  const bool wide = values.scalar_type() == ScalarType::Char;
+  if (!wide && values.scalar_type() != ScalarType::Byte) fail(op, "values with a scale must be int8, or uint8 of two int4");
+  require_shape(op, "values", values, {N, wide ? K / 2 : K / 4});
+  require_shape(op, "bitmask", bitmask, {N, K / 8});
+  if (bitmask.scalar_type() != ScalarType::Byte) fail(op, "bitmask must be uint8");
+  const int64_t group = scale.dim() == 2 && scale.size(0) == N ? panel_group(K, scale.size(1)) : 0;
+  if (group == 0 || scale.scalar_type() != ScalarType::Float)
+    fail(op, "scale must be float32 [N, 1], or [N, ceil(K / G)] with G 32, 64, 128 or 256, not ", shape_of(scale));
+  const Tensor kept = torch::stable::contiguous(values), mask = torch::stable::contiguous(bitmask);
+  const Tensor scales = torch::stable::contiguous(scale);
+  const int bits = wide ? 8 : 4;
+  const int64_t size = (N + kPanelRows - 1) / kPanelRows * cast24_quantized_panel_bytes(bits, 1, K, group);
+  const std::unique_ptr<uint8_t[]> panels(new uint8_t[size]);
+  const int64_t bad = cast24_prepack_quantized(static_cast<const uint8_t*>(kept.const_data_ptr()), data<uint8_t>(mask),
+                                               data<float>(scales), scale.size(1) == 1 ? K : group, N, K, bits, group,
+                                               panels.get());
+  if (bad >= 0) fail(op, "the bitmask does not keep exactly two in row ", bad / (K / 4), ", group ", bad % (K / 4));
+  return quantized_product(op, x, panels.get(), N, bits, true, group, false, bias);
+}
+
 Tensor linear(const Tensor& x, const Tensor& values, const Tensor& bitmask, const std::optional<Tensor>& scale,
               const std::optional<Tensor>& bias) {
   const char* op = "linear";
-  if (scale) fail(op, "scale must be None: quantized values have no CPU kernel yet");
+  if (scale) return linear_portable_quantized(x, values, bitmask, *scale, bias);
   const Tensor input = activations(op, x);
   const int64_t K = x.size(-1), N = values.dim() == 2 ? values.size(0) : 0;
   require_values(op, "values", values);
@@ -147,9 +208,13 @@ STABLE_TORCH_LIBRARY(cast24, m) {
   m.def(
       "linear_packed(Tensor x, Tensor panel_values, Tensor panel_indices, int out_features, Tensor? bias=None) -> "
       "Tensor");
+  m.def(
+      "linear_quantized(Tensor x, Tensor panels, int out_features, int bits, bool sparse, int group_size, "
+      "bool float_activations=False, Tensor? bias=None) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(cast24, CPU, m) {
   m.impl("linear", TORCH_BOX(&linear));
   m.impl("linear_packed", TORCH_BOX(&linear_packed));
+  m.impl("linear_quantized", TORCH_BOX(&linear_quantized));
 }

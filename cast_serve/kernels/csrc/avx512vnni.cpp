@@ -1,0 +1,76 @@
+// Quantized weights by AVX-512 with VNNI (four byte products in one instruction) and VBMI (bit fields to bytes).
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include "quantized_tile.h"
+
+namespace cast24 {
+namespace {
+
+struct Vnni {
+  using Ints = __m512i;
+  using Sums = __m512i;
+  using Floats = __m512;
+  static constexpr int W = 16;
+  static constexpr int kTileRows = 8;
+  static constexpr int kOffset = 128;
+  static constexpr int kNibble = 16;
+
+  static Ints load(const void* p) { return _mm512_loadu_si512(p); }
+  static Ints low(Ints bytes) { return _mm512_and_si512(_mm512_slli_epi32(bytes, 4), _mm512_set1_epi8(-16)); }
+  static Ints high(Ints bytes) { return _mm512_and_si512(bytes, _mm512_set1_epi8(-16)); }
+  static Ints columns(Ints words, int block) {
+    // Byte d of a lane takes the bits from 8 * block + 2 * d on; two lanes share a 64-bit element.
+    const int64_t lane = 0x06040200 + 0x08080808 * block;
+    const Ints fields = _mm512_multishift_epi64_epi8(_mm512_set1_epi64(lane | (lane + 0x20202020) << 32), words);
+    const int first = block % 2 ? 0x0c0c0808 : 0x04040000;
+    return _mm512_ternarylogic_epi32(fields, _mm512_set1_epi8(3), _mm512_set1_epi32(first), 0xea);  // (a & b) | c
+  }
+  static Ints table(const uint8_t* p) {
+    return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  static Ints pick(Ints table, Ints columns) { return _mm512_shuffle_epi8(table, columns); }
+  static Ints broadcast(const uint8_t* p) {
+    int four;
+    __builtin_memcpy(&four, p, sizeof four);
+    return _mm512_set1_epi32(four);
+  }
+  static Sums dot(Sums sum, Ints x, Ints w) { return _mm512_dpbusd_epi32(sum, x, w); }
+  static Sums start(const int16_t* sums, int shift) {
+    const Ints wide = _mm512_cvtepi16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(sums)));
+    return _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_slli_epi32(wide, shift));
+  }
+
+  static Floats load_floats(const float* p) { return _mm512_loadu_ps(p); }
+  static void store_floats(float* p, Floats v) { _mm512_storeu_ps(p, v); }
+  static Floats set(float value) { return _mm512_set1_ps(value); }
+  static Floats to_float(Sums v) { return _mm512_cvtepi32_ps(v); }
+  static Floats mul(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
+  static Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+
+  static float quantize(const float* x, int64_t columns, int offset, uint8_t* q) {
+    // What is not finite must not vanish in a rounded integer: times zero it is NaN, which the scale then carries.
+    Floats most = _mm512_setzero_ps(), poison = most;
+    for (int64_t k = 0; k < columns; k += W) {
+      const __mmask16 mask = columns - k < W ? (1u << (columns - k)) - 1 : 0xffff;
+      const Floats v = _mm512_maskz_loadu_ps(mask, x + k);
+      most = _mm512_max_ps(most, _mm512_abs_ps(v));
+      poison = _mm512_fmadd_ps(v, _mm512_setzero_ps(), poison);
+    }
+    const float largest = _mm512_reduce_max_ps(most);
+    const Floats inverse = _mm512_set1_ps(largest > 0 ? 127.0f / largest : 0.0f);
+    for (int64_t k = 0; k < columns; k += W) {
+      const __mmask16 mask = columns - k < W ? (1u << (columns - k)) - 1 : 0xffff;
+      const Ints rounded = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_maskz_loadu_ps(mask, x + k), inverse));
+      _mm512_mask_cvtepi32_storeu_epi8(q + k, mask, _mm512_add_epi32(rounded, _mm512_set1_epi32(offset)));
+    }
+    return largest / 127.0f + _mm512_reduce_add_ps(poison);
+  }
+};
+
+}  // namespace
+
+const QuantizedKernels kQuantizedVnni = {tile_quantized<Vnni>, quantize_rows<Vnni>};
+
+}  // namespace cast24
+#endif

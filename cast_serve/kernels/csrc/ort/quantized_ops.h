@@ -1,0 +1,87 @@
+// Linear layers and an embedding with quantized weights as ONNX ops. Weights are panels (cast24.h), read in place.
+#pragma once
+
+#include "custom_op.h"
+
+namespace cast24 {
+
+struct QuantizedAttributes {
+  int64_t N, K, bits, group;
+
+  explicit QuantizedAttributes(const Attributes& attributes)
+      : N(attributes.integer("N")),
+        K(attributes.integer("K")),
+        bits(attributes.integer("bits")),
+        group(attributes.integer("group_size")) {
+    require(N > 0 && K > 0 && K % 8 == 0, "attribute N must be positive and K a positive multiple of 8");
+    require(bits == 8 || bits == 4, "attribute bits must be 8 or 4");
+    require(group == 32 || group == 64 || group == 128 || group == 256, "attribute group_size must be 32, 64, 128 or 256");
+  }
+
+  void require_panels(const Tensor& panels, bool sparse) const {
+    require_type("panels", panels, kUint8);
+    require_shape("panels", panels,
+                  {(N + 15) / 16, cast24_quantized_panel_bytes(static_cast<int>(bits), sparse, K, group)});
+  }
+};
+
+// y[..., N] = x[..., K] W^T + bias with a quantized W. With attribute float_activations 1, x is not rounded to 8 bits.
+template <bool Sparse>
+struct MatMulNBits {
+  static constexpr const char* name = Sparse ? "Sparse24MatMulNBits" : "DenseNBits";
+  static constexpr Input inputs[] = {{kFloat, kRequired}, {kUint8, kRequired}, {kFloat, kOptional}};
+
+  QuantizedAttributes weight;
+  bool float_activations;
+
+  explicit MatMulNBits(const Attributes& attributes)
+      : weight(attributes), float_activations(attributes.integer("float_activations", 0) != 0) {}
+
+  // Returns the bytes of the weights.
+  int64_t run(Context& context) const {
+    const Tensor x = context.input(0), panels = context.input(1), bias = context.input(2);
+    require(!x.shape.empty() && x.shape.back() == weight.K,
+            "x has shape " + describe(x.shape) + ", expected [..., " + std::to_string(weight.K) + "]");
+    weight.require_panels(panels, Sparse);
+    if (bias) require_shape("bias", bias, {weight.N});
+    std::vector<int64_t> shape = x.shape;
+    shape.back() = weight.N;
+    float* y = context.output(0, shape);
+    const int64_t M = x.size() / weight.K;
+    if (M > 0)
+      cast24_linear_quantized(x.f32(), static_cast<const uint8_t*>(panels.data), bias.f32(), y, M, weight.N, weight.K,
+                              static_cast<int>(weight.bits), Sparse, weight.group, float_activations, Context::parallel_for,
+                              &context);
+    return panels.size() + bias.size() * (bias ? 4 : 0);
+  }
+};
+
+using Sparse24MatMulNBits = MatMulNBits<true>;
+using DenseNBits = MatMulNBits<false>;
+
+// y[..., K] = the rows `ids` of a dense quantized weight: a tied embedding is held once for lookup and logits.
+struct EmbeddingNBits {
+  static constexpr const char* name = "EmbeddingNBits";
+  static constexpr Input inputs[] = {{kInt64, kRequired}, {kUint8, kRequired}};
+
+  QuantizedAttributes weight;
+
+  explicit EmbeddingNBits(const Attributes& attributes) : weight(attributes) {}
+
+  int64_t run(Context& context) const {
+    const Tensor ids = context.input(0), panels = context.input(1);
+    require_type("ids", ids, kInt64);
+    weight.require_panels(panels, false);
+    const int64_t* rows = static_cast<const int64_t*>(ids.data);
+    for (int64_t i = 0; i < ids.size(); ++i)
+      require(rows[i] >= 0 && rows[i] < weight.N, "id " + std::to_string(rows[i]) + " is outside the " +
+                                                      std::to_string(weight.N) + " rows");
+    std::vector<int64_t> shape = ids.shape;
+    shape.push_back(weight.K);
+    cast24_quantized_rows(rows, ids.size(), static_cast<const uint8_t*>(panels.data), weight.K,
+                          static_cast<int>(weight.bits), weight.group, context.output(0, shape));
+    return panels.size();
+  }
+};
+
+}  // namespace cast24

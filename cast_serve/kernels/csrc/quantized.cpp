@@ -1,0 +1,223 @@
+// Quantized linear layers: packing, products with rounded or with float activations, and reading rows back.
+#include "quantized.h"
+
+#include <string.h>
+
+#include <algorithm>
+#include <memory>
+
+#include "cast24.h"
+#include "huge_pages.h"
+#include "isa.h"
+#include "parallel.h"
+
+namespace cast24 {
+
+QuantizedLayout quantized_layout(int bits, bool sparse, int64_t K, int64_t group) {
+  QuantizedLayout layout = {bits, sparse, K, group, (K + kWordColumns - 1) / kWordColumns, (K + group - 1) / group, 0, 0};
+  layout.word_bytes = sparse ? 64 + 32 * bits : 64 * bits;
+  layout.panel_bytes = layout.groups * kGroupHeader + layout.words * layout.word_bytes;
+  return layout;
+}
+
+namespace {
+
+constexpr int64_t kTileRows = 64;  // most rows of x in a tile
+constexpr uint32_t kColumns[16] = {0, 0, 0, 0 | 1 << 2, 0, 0 | 2 << 2, 1 | 2 << 2, 0, 0, 0 | 3 << 2, 1 | 3 << 2, 0, 2 | 3 << 2,
+                                   0, 0, 0};  // as in prepack.cpp; 0 is no pair
+
+// The words of a panel, group after group.
+template <class Byte, class F>
+void for_words(const QuantizedLayout& layout, Byte* panel, const F& f) {
+  int64_t word = 0;
+  for (int64_t g = 0; g < layout.groups; ++g) {
+    Byte* header = panel;
+    panel += kGroupHeader;
+    for (const int64_t end = std::min(word + layout.group / kWordColumns, layout.words); word < end; ++word) {
+      f(g, header, word, panel);
+      panel += layout.word_bytes;
+    }
+  }
+}
+
+// Byte `four` of row `row` in block `block` of a word's values: each block has four weights of each row.
+inline int8_t weight_at(const QuantizedLayout& layout, const uint8_t* values, int block, int row, int four) {
+  if (layout.bits == 8) return static_cast<int8_t>(values[block * 64 + row * 4 + four]);
+  const uint8_t both = values[block / 2 * 64 + row * 4 + four];
+  return static_cast<int8_t>(static_cast<int8_t>(block % 2 ? both : both << 4) >> 4);
+}
+
+inline void set_weight(const QuantizedLayout& layout, uint8_t* values, int block, int row, int four, int8_t weight) {
+  if (layout.bits == 8)
+    values[block * 64 + row * 4 + four] = static_cast<uint8_t>(weight);
+  else
+    values[block / 2 * 64 + row * 4 + four] |= static_cast<uint8_t>((weight & 15) << block % 2 * 4);
+}
+
+// Element i of a row of the portable format: int8, or two int4 in a byte, the first in its low half.
+inline int8_t stored(int bits, const uint8_t* row, int64_t i) {
+  if (bits == 8) return static_cast<int8_t>(row[i]);
+  return static_cast<int8_t>(static_cast<int8_t>(i % 2 ? row[i / 2] : row[i / 2] << 4) >> 4);
+}
+
+// Rows first_row .. first_row + 15 (zero rows beyond N). Returns as cast24_prepack_quantized does.
+int64_t pack_panel(const QuantizedLayout& layout, const uint8_t* values, const uint8_t* bitmask, const float* scale,
+                   int64_t scale_columns, int64_t N, int64_t first_row, uint8_t* panel) {
+  memset(panel, 0, layout.panel_bytes);
+  const int64_t K = layout.K, kept = layout.sparse ? K / 2 : K, scales = (K + scale_columns - 1) / scale_columns;
+  int64_t bad = -1;
+  for_words(layout, panel, [&](int64_t g, uint8_t* header, int64_t word, uint8_t* at) {
+    float* row_scale = reinterpret_cast<float*>(header);
+    int16_t* sum = reinterpret_cast<int16_t*>(header + kGroupSums);
+    for (int row = 0; row < kPanelRows; ++row) {
+      if (layout.sparse) reinterpret_cast<uint32_t*>(at)[row] = 0x44444444;  // columns 0 and 1
+      if (first_row + row >= N) continue;
+      row_scale[row] = scale[(first_row + row) * scales + g * layout.group / scale_columns];
+      const uint8_t* source = values + (first_row + row) * (kept * layout.bits / 8);
+      uint8_t* target = at + (layout.sparse ? 64 : 0);
+      const int blocks = layout.sparse ? 4 : 8, width = layout.sparse ? 8 : 4;
+      for (int block = 0; block < blocks && word * kWordColumns + block * width < K; ++block) {
+        const int64_t column = word * kWordColumns + block * width;
+        if (layout.sparse) {
+          const uint8_t mask = bitmask[((first_row + row) * K + column) / 8];
+          const uint32_t pairs = kColumns[mask & 15] | kColumns[mask >> 4] << 4;
+          for (int half = 0; half < 2; ++half)
+            if (kColumns[mask >> 4 * half & 15] == 0 && bad < 0) bad = ((first_row + row) * K + column) / 4 + half;
+          uint32_t& index = reinterpret_cast<uint32_t*>(at)[row];
+          index = (index & ~(255u << 8 * block)) | pairs << 8 * block;
+        }
+        for (int four = 0; four < 4; ++four) {
+          const int8_t weight = stored(layout.bits, source, (layout.sparse ? column / 2 : column) + four);
+          set_weight(layout, target, block, row, four, weight);
+          sum[row] = static_cast<int16_t>(sum[row] + weight);
+        }
+      }
+    }
+  });
+  return bad;
+}
+
+// What a tile writes into and where it goes; as in linear.cpp.
+template <class F>
+void with_tile(const float* bias, float* y, int64_t row, int64_t rows, int64_t first, int64_t N, const F& f) {
+  alignas(64) float tile[kTileRows * kTileWidth];
+  const int64_t outputs = std::min<int64_t>(N - first, kPanelRows);
+  for (int64_t m = 0; m < rows; ++m)
+    for (int64_t n = 0; n < kPanelRows; ++n) tile[m * kTileWidth + n] = bias && n < outputs ? bias[first + n] : 0.0f;
+  f(tile);
+  for (int64_t m = 0; m < rows; ++m)
+    for (int64_t n = 0; n < outputs; ++n) y[(row + m) * N + first + n] = tile[m * kTileWidth + n];
+}
+
+void linear_rounded(const QuantizedLayout& layout, const float* x, const uint8_t* panels, const float* bias, float* y,
+                    int64_t M, int64_t N, cast24_parallel_for run, void* pool) {
+  const QuantizedKernels& kernels = *isa().quantized;
+  const int64_t stride = layout.words * kWordColumns, chunks = (M + kTileRows - 1) / kTileRows;
+  const std::unique_ptr<uint8_t[]> q(new uint8_t[M * stride]);
+  const std::unique_ptr<float[]> scale(new float[M * layout.groups]);
+  parallel_for(run, pool, M, M * layout.K, [&](int64_t begin, int64_t end) {
+    kernels.quantize_rows(x + begin * layout.K, end - begin, layout, q.get() + begin * stride,
+                          scale.get() + begin * layout.groups);
+  });
+  const int64_t count = (N + kPanelRows - 1) / kPanelRows;
+  parallel_for(run, pool, count * chunks, M * N * layout.K / 2, [&](int64_t begin, int64_t end) {
+    for (int64_t unit = begin; unit < end; ++unit) {
+      const int64_t panel = unit / chunks, row = unit % chunks * kTileRows, rows = std::min(M - row, kTileRows);
+      with_tile(bias, y, row, rows, panel * kPanelRows, N, [&](float* tile) {
+        kernels.tile({q.get() + row * stride, scale.get() + row * layout.groups}, rows, layout,
+                     panels + panel * layout.panel_bytes, tile);
+      });
+    }
+  });
+}
+
+// 2:4: the panel becomes one of floats in a thread's scratch, and the float kernel multiplies by that.
+void linear_float_sparse(const QuantizedLayout& layout, const float* x, const uint8_t* panels, const float* bias, float* y,
+                         int64_t M, int64_t N, cast24_parallel_for run, void* pool) {
+  const Isa& isa = cast24::isa();
+  const int64_t count = (N + kPanelRows - 1) / kPanelRows;
+  parallel_for(run, pool, count, M * N * layout.K / 2, [&](int64_t begin, int64_t end) {
+    const std::unique_ptr<float[]> values(new float[layout.words * kWordColumns / 2 * kPanelRows]);
+    const std::unique_ptr<uint32_t[]> indices(new uint32_t[layout.words * kPanelRows]);
+    for (int64_t panel = begin; panel < end; ++panel) {
+      for_words(layout, panels + panel * layout.panel_bytes, [&](int64_t, const uint8_t* header, int64_t word, const uint8_t* at) {
+        const float* scale = reinterpret_cast<const float*>(header);
+        memcpy(indices.get() + word * kPanelRows, at, 64);
+        float* out = values.get() + word * kWordColumns / 2 * kPanelRows;
+        for (int block = 0; block < 4; ++block)
+          for (int four = 0; four < 4; ++four, out += kPanelRows)  // a block is two groups of two slots
+            for (int row = 0; row < kPanelRows; ++row) out[row] = weight_at(layout, at + 64, block, row, four) * scale[row];
+      });
+      for (int64_t row = 0; row < M; row += kTileRows) {
+        const int64_t rows = std::min(M - row, kTileRows);
+        with_tile(bias, y, row, rows, panel * kPanelRows, N, [&](float* tile) {
+          isa.tile_f32(x + row * layout.K, rows, layout.K, values.get(), indices.get(), 1, tile);
+        });
+      }
+    }
+  });
+}
+
+// Row `row` of a dense panel, as floats [K].
+void read_row(const QuantizedLayout& layout, const uint8_t* panel, int row, float* out) {
+  for_words(layout, panel, [&](int64_t, const uint8_t* header, int64_t word, const uint8_t* at) {
+    const float scale = reinterpret_cast<const float*>(header)[row];
+    for (int64_t k = word * kWordColumns; k < std::min((word + 1) * kWordColumns, layout.K); ++k) {
+      const int in_word = static_cast<int>(k % kWordColumns);
+      out[k] = weight_at(layout, at, in_word / 4, row, in_word % 4) * scale;
+    }
+  });
+}
+
+void linear_float_dense(const QuantizedLayout& layout, const float* x, const uint8_t* panels, const float* bias, float* y,
+                        int64_t M, int64_t N, cast24_parallel_for run, void* pool) {
+  const Isa& isa = cast24::isa();
+  const int64_t count = (N + kPanelRows - 1) / kPanelRows;
+  parallel_for(run, pool, count, M * N * layout.K, [&](int64_t begin, int64_t end) {
+    const std::unique_ptr<float[]> weight(new float[kPanelRows * layout.K]);
+    for (int64_t panel = begin; panel < end; ++panel) {
+      const int64_t first = panel * kPanelRows, outputs = std::min<int64_t>(N - first, kPanelRows);
+      for (int row = 0; row < outputs; ++row)
+        read_row(layout, panels + panel * layout.panel_bytes, row, weight.get() + row * layout.K);
+      for (int64_t n = 0; n < outputs; n += kDenseRows)
+        isa.dense_f32(x, M, layout.K, weight.get() + n * layout.K, bias ? bias + first + n : nullptr,
+                      static_cast<int>(std::min<int64_t>(outputs - n, kDenseRows)), y + first + n, N);
+    }
+  });
+}
+
+}  // namespace
+}  // namespace cast24
+
+int64_t cast24_quantized_panel_bytes(int bits, int sparse, int64_t K, int64_t group) {
+  return cast24::quantized_layout(bits, sparse != 0, K, group).panel_bytes;
+}
+
+int64_t cast24_prepack_quantized(const uint8_t* values, const uint8_t* bitmask, const float* scale, int64_t scale_columns,
+                                 int64_t N, int64_t K, int bits, int64_t group, uint8_t* panels) {
+  const cast24::QuantizedLayout layout = cast24::quantized_layout(bits, bitmask != nullptr, K, group);
+  cast24::advise_huge_pages(panels, (N + cast24::kPanelRows - 1) / cast24::kPanelRows * layout.panel_bytes);
+  for (int64_t row = 0; row < N; row += cast24::kPanelRows) {
+    const int64_t bad = cast24::pack_panel(layout, values, bitmask, scale, scale_columns, N, row,
+                                           panels + row / cast24::kPanelRows * layout.panel_bytes);
+    if (bad >= 0) return bad;
+  }
+  return -1;
+}
+
+void cast24_linear_quantized(const float* x, const uint8_t* panels, const float* bias, float* y, int64_t M, int64_t N,
+                             int64_t K, int bits, int sparse, int64_t group, int float_activations,
+                             cast24_parallel_for run, void* pool) {
+  const cast24::QuantizedLayout layout = cast24::quantized_layout(bits, sparse != 0, K, group);
+  if (!float_activations) return cast24::linear_rounded(layout, x, panels, bias, y, M, N, run, pool);
+  if (sparse) return cast24::linear_float_sparse(layout, x, panels, bias, y, M, N, run, pool);
+  cast24::linear_float_dense(layout, x, panels, bias, y, M, N, run, pool);
+}
+
+void cast24_quantized_rows(const int64_t* rows, int64_t count, const uint8_t* panels, int64_t K, int bits, int64_t group,
+                           float* out) {
+  const cast24::QuantizedLayout layout = cast24::quantized_layout(bits, false, K, group);
+  for (int64_t i = 0; i < count; ++i)
+    cast24::read_row(layout, panels + rows[i] / cast24::kPanelRows * layout.panel_bytes,
+                     static_cast<int>(rows[i] % cast24::kPanelRows), out + i * K);
+}
