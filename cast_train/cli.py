@@ -15,7 +15,8 @@ def train(
     data: Annotated[
         list[str],
         typer.Option(
-            help="Training text: .txt, .jsonl or .parquet file, directory of them, or hub dataset id; may be repeated."
+            help="Training text: .txt, .jsonl or .parquet file, directory of them, or hub dataset id; 'self' samples "
+            "from the dense model as many tokens as are trained, self:COUNT so many. May be repeated."
         ),
     ],
     out: Annotated[Path, typer.Option(help="Directory to make for the 2:4 model.")],

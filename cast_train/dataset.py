@@ -94,8 +94,7 @@ def load_tokens(
     if not sources:
         raise InputError("no training text was given")
     fingerprint = _hash(str(_CACHE_VERSION), _tokenizer_hash(tokenizer), *(source.fingerprint() for source in sources))
-    if cache_dir is None:
-        cache_dir = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "cast-serve" / "tokens"
+    cache_dir = cache_dir or default_cache()
     target = cache_dir / fingerprint
     if not target.is_dir():
         cache_dir.mkdir(parents=True, exist_ok=True)
@@ -112,6 +111,11 @@ def load_tokens(
     meta = json.loads((target / "meta.json").read_text())
     tokens = np.memmap(target / "tokens.bin", dtype=meta["dtype"], mode="r", shape=(meta["tokens"],))
     return TokenCache(tokens, fingerprint)
+
+
+def default_cache() -> Path:
+    """Where texts and their tokens are cached unless told otherwise."""
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "cast-serve" / "tokens"
 
 
 def _tokenize(sources: list[Source], tokenizer: PreTrainedTokenizerBase, directory: Path, progress: bool) -> None:

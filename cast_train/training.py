@@ -24,6 +24,7 @@ from cast_train.oneshot.calibration import calibration_samples
 from cast_train.plot import plot_metrics
 from cast_train.run import Run, source_hash
 from cast_train.saving import save_model
+from cast_train.self_data import with_samples
 from cast_train.sparse_model import finalize, is_transposed, scope, sparsify
 from cast_train.trainer import CastTrainer, last_checkpoint, training_arguments
 from conversion.atomic import check_target, new_directory
@@ -53,7 +54,7 @@ def train(
 
     Args:
         source: directory or hub id of a dense causal LM with safetensors weights.
-        data: see `cast_train.dataset.load_tokens`.
+        data: see `cast_train.dataset.load_tokens`; "self" or "self:COUNT" is text sampled from the model itself.
         out: directory to make.
         config: method (by its class) and budget; blocks longer than the model's context are shortened to it.
         resume: continue a run that was interrupted, if there is one.
@@ -73,7 +74,9 @@ def train(
     dense = Checkpoint(directory)
     tokenizer = AutoTokenizer.from_pretrained(directory)
     config = config.within_context(context_length(dense))
-    tokens = load_tokens(data, tokenizer, cache_dir)
+    budget_tokens = config.total_steps * config.batch_tokens
+    texts = with_samples(data, dense, tokenizer, budget_tokens, config.block_length, cache_dir)
+    tokens = load_tokens(texts, tokenizer, cache_dir)
     blocks = TokenBlocks(tokens, config.block_length, config.total_steps * config.blocks_per_step, config.seed)
     identity = {
         "method": config.method,
@@ -135,15 +138,15 @@ def train(
     # Save
     metrics = read_metrics(run.metrics)
     summary = {
+        **identity,
         "source": str(source),
         "data": list(data),
         "text_tokens": len(tokens.tokens),
-        "trained_tokens": config.total_steps * config.batch_tokens,
+        "trained_tokens": budget_tokens,
         "seconds": metrics[-1]["seconds"],
         **run.facts,
         "before_cut": before,
         "after_cut": after,
-        **identity,
     }
     trainer.accelerator.wait_for_everyone()  # have read the metrics before they are removed
     if trainer.is_world_process_zero():

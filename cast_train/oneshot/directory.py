@@ -8,10 +8,11 @@ from transformers import AutoTokenizer
 
 from cast_train.config import TrainConfig
 from cast_train.dataset import load_tokens
-from cast_train.methods import ONE_SHOT, TRAINED
+from cast_train.methods import CALIBRATED, ONE_SHOT, TRAINED
 from cast_train.oneshot.calibration import calibration_samples
 from cast_train.oneshot.prune import prune
 from cast_train.saving import save_model
+from cast_train.self_data import with_samples
 from conversion.atomic import new_directory
 from conversion.checkpoint import Checkpoint
 from conversion.dense_model import context_length, dense_model
@@ -34,6 +35,9 @@ def prune_directory(
         config = config.within_context(context_length(dense))
         model = dense_model(dense, torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(directory)
-        calibration = None if method == "magnitude" else calibration_samples(load_tokens(data, tokenizer), config)
+        calibration = None
+        if method in CALIBRATED:
+            texts = with_samples(data, dense, tokenizer, config.calibration_tokens, config.block_length)
+            calibration = calibration_samples(load_tokens(texts, tokenizer), config)
         prune(model, method, calibration)
         save_model(model, tokenizer, directory, building)
