@@ -12,6 +12,12 @@ class Target(StrEnum):
     onnx = "onnx"
 
 
+class Quantize(StrEnum):
+    int8 = "int8"
+    int4 = "int4"
+    fp8 = "fp8"
+
+
 class ValueDtype(StrEnum):
     float32 = "float32"
     bfloat16 = "bfloat16"
@@ -28,6 +34,22 @@ def convert(
     value_dtype: Annotated[
         ValueDtype | None, typer.Option(help="Round kept values to this dtype. Default: as the source has them.")
     ] = None,
+    quantize: Annotated[
+        Quantize | None, typer.Option(help="Quantize kept values (packed only): 5, 3 or 5 bits a weight, and scales.")
+    ] = None,
+    group_size: Annotated[
+        int | None,
+        typer.Option(
+            help="Dense columns that share a scale: 32, 64, 128 or 256. Default: 64 for int4, else one scale a row."
+        ),
+    ] = None,
+    calibration: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Text (.txt, .jsonl, .parquet) on which quantization minimises each layer's error; may be repeated. "
+            "Default: round to nearest."
+        ),
+    ] = None,
     verify: Annotated[
         bool, typer.Option("--verify", help="Then check the packed result against the source: bits and logits.")
     ] = False,
@@ -38,20 +60,37 @@ def convert(
     Packs only what is exactly 2:4; the first tensor, row and group that is not is named. OUT appears whole or not.
 
     Example: cast convert my-2of4-model my-packed-model --verify
+
+    With --quantize the kept values become integers or 8-bit floats: cast convert my-2of4-model my-int4-model --quantize
+    int4 --calibration train.jsonl
     """
     from conversion.errors import InputError
 
     dtype = None if value_dtype is None else value_dtype.value
+    if quantize is None and (group_size is not None or calibration):
+        raise InputError("--group-size and --calibration are for quantized values: name a format with --quantize")
     if to is Target.onnx:
         if verify:
             raise InputError("--verify checks packed checkpoints: convert with --to packed --verify first")
+        if quantize is not None:
+            raise InputError("--quantize makes packed checkpoints: leave --to onnx out")
         from conversion.onnx import export
 
         export(source, out, dtype, overwrite=overwrite, show_progress=True)
     else:
         from conversion.pack import save_packed
+        from conversion.quantization.formats import Quantization
 
-        save_packed(source, out, dtype, overwrite=overwrite, show_progress=True)
+        quantization = None if quantize is None else Quantization.named(quantize.value, group_size)
+        save_packed(
+            source,
+            out,
+            dtype,
+            quantization=quantization,
+            calibration=calibration or (),
+            overwrite=overwrite,
+            show_progress=True,
+        )
         if verify:
             from conversion.verification import verify as verify_packed
 

@@ -37,6 +37,7 @@ def print_info(info: DirectoryInfo, console: Console) -> None:
         totals.add_row("groups that are not 2:4", str(info.violations))
         totals.add_row("linears dense", decimal(info.linear_dense_bytes))
         totals.add_row("linears packed", decimal(info.linear_packed_bytes))
+        totals.add_row("bits per weight of them", f"{info.packed_bits_per_weight:.2f}")
     else:
         totals.add_row("packed linears", decimal(info.linear_packed_bytes))
     totals.add_row("everything else", decimal(info.other_bytes))

@@ -1,6 +1,7 @@
 """What is in a model directory: sparsity, violations and sizes, layer by layer."""
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,8 @@ class LayerInfo:
         shape: [N, K].
         sparsity: share of zeros.
         violations: groups of four with more than two nonzeros.
-        dense_bytes: bytes of the dense weight in the dtype of its values.
-        packed_bytes: bytes of values and bitmask.
+        dense_bytes: bytes of the dense weight in the dtype of its values, scales of quantized ones included.
+        packed_bytes: bytes of values, bitmask and scales.
     """
 
     name: str
@@ -68,6 +69,11 @@ class DirectoryInfo:
     other_bytes: int
     stored_bytes: int
     packed_ratio: float | None
+
+    @property
+    def packed_bits_per_weight(self) -> float:
+        """Bits that a weight of the linears in scope takes packed, everything counted."""
+        return 8 * self.linear_packed_bytes / sum(math.prod(layer.shape) for layer in self.layers)
 
     def as_json(self) -> str:
         return json.dumps(asdict(self), indent=2)
@@ -116,6 +122,8 @@ def inspect_directory(directory: str | Path, *, show_progress: bool = False) -> 
 
 
 def _value_dtype(checkpoint: Checkpoint | PackedCheckpoint, name: str) -> str:
+    if isinstance(checkpoint, PackedCheckpoint) and checkpoint.quantization is not None:
+        return checkpoint.quantization.values.name
     stored = name.removesuffix(".weight") + VALUES_SUFFIX if isinstance(checkpoint, PackedCheckpoint) else name
     return str(checkpoint.shards.info(stored).dtype).removeprefix("torch.")
 
@@ -124,15 +132,17 @@ def _inspect_layer(checkpoint: Checkpoint | PackedCheckpoint, name: str) -> Laye
     rows, columns = checkpoint.linear_shape(name)
     weight: Tensor = checkpoint.linear_weight(name)
     nonzeros = (weight != 0).reshape(rows, columns // 4, 4).sum(-1)
-    value_bytes = weight.element_size()
-    dense_bytes = rows * columns * value_bytes
+    quantization = checkpoint.quantization if isinstance(checkpoint, PackedCheckpoint) else None
+    value_bits = 8 * weight.element_size() if quantization is None else quantization.values.bits
+    scale_bytes = 0 if quantization is None else 4 * rows * quantization.groups(columns)
+    value_bytes = rows * columns * value_bits // 8
     return LayerInfo(
         name=name.removesuffix(".weight"),
         shape=(rows, columns),
         sparsity=1 - int(nonzeros.sum()) / (rows * columns),
         violations=int((nonzeros > 2).sum()),
-        dense_bytes=dense_bytes,
-        packed_bytes=dense_bytes // 2 + rows * columns // 8,
+        dense_bytes=value_bytes + scale_bytes,
+        packed_bytes=value_bytes // 2 + rows * columns // 8 + scale_bytes,
     )
 
 

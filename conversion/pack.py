@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -10,12 +12,37 @@ from torch import Tensor
 from conversion.atomic import new_directory
 from conversion.checkpoint import COMPANION_FILES, Checkpoint
 from conversion.errors import InputError
-from conversion.packed import BITMASK_SUFFIX, PATTERN, VALUES_SUFFIX, pack24
+from conversion.packed import BITMASK_SUFFIX, PATTERN, SCALE_SUFFIX, VALUES_SUFFIX, kept_columns, pack24
 from conversion.packed_checkpoint import QUANT_METHOD, VALUE_DTYPES, VERSION
 from conversion.progress import byte_progress
+from conversion.quantization.formats import FORMATS, Quantization, encode
 from conversion.shards import INDEX, ShardWriter
 
+FLOAT_DTYPES = {name: dtype for name, dtype in VALUE_DTYPES.items() if name not in FORMATS}
+
 Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]
+Codes = tuple[Tensor, Tensor]  # [N, K], [N, G]
+
+
+@dataclass(frozen=True)
+class _Values:
+    """What becomes of kept values: another floating dtype, or codes and scales.
+
+    Attributes:
+        dtype: in which they are stored.
+        quantization: how they are quantized; None if they are not.
+        codes: codes and scales by tensor name, where calibration text has chosen them.
+    """
+
+    dtype: torch.dtype
+    quantization: Quantization | None = None
+    codes: Mapping[str, Codes] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        if self.quantization is not None:
+            return self.quantization.values.name
+        return next(name for name, value in VALUE_DTYPES.items() if value == self.dtype)
 
 
 def save_packed(
@@ -23,6 +50,8 @@ def save_packed(
     out_dir: str | Path,
     value_dtype: str | None = None,
     *,
+    quantization: Quantization | None = None,
+    calibration: Sequence[str | Path] = (),
     overwrite: bool = False,
     show_progress: bool = False,
 ) -> None:
@@ -33,95 +62,133 @@ def save_packed(
         out_dir: appears complete or not at all.
         value_dtype: "float32", "bfloat16" or "float16" to round the kept values to; None keeps the source's dtype.
             Tensors out of scope are copied as they are.
+        quantization: quantize the kept values so, instead.
+        calibration: text files on which quantization chooses scales and feeds rounding errors forward (the dense model
+            is then held in memory as float32); none rounds to nearest, tensor by tensor.
         overwrite: replace an existing `out_dir`.
 
     Raises:
         InputError: the source is damaged or not 2:4 (the first offending tensor, row and group are named), a value does
-            not fit value_dtype, or `out_dir` exists.
+            not fit value_dtype, the calibration text is too short, or `out_dir` exists.
     """
     source = Checkpoint(source_dir)
-    dtype = _value_dtype(source, value_dtype)
     total_bytes = sum(info.nbytes for info in source.shards.infos.values())
     digests: dict[str, str] = {}
     weight_map: dict[str, str] = {}
     packed_bytes = 0
-    with (
-        new_directory(Path(out_dir), overwrite, source.directory) as building,
-        byte_progress("packing", total_bytes, show_progress) as advance,
-    ):
-        for shard, infos in source.shards.by_shard():
-            layouts = {name: _layout(source, name, dtype) for name in infos}
-            with ShardWriter(
-                building / shard, {k: v for layout in layouts.values() for k, v in layout.items()}
-            ) as writer:
-                for name, info in infos.items():
-                    for packed_name, tensor in _pack(source, name, dtype).items():
-                        digests[packed_name] = writer.write(packed_name, tensor)
-                        weight_map[packed_name] = shard
-                        packed_bytes += tensor.nbytes
-                    advance(info.nbytes)
+    with new_directory(Path(out_dir), overwrite, source.directory) as building:
+        values = _values(source, value_dtype, quantization, calibration)
+        with byte_progress("packing", total_bytes, show_progress) as advance:
+            for shard, infos in source.shards.by_shard():
+                layouts = {name: _layout(source, name, values) for name in infos}
+                with ShardWriter(
+                    building / shard, {k: v for layout in layouts.values() for k, v in layout.items()}
+                ) as writer:
+                    for name, info in infos.items():
+                        for packed_name, tensor in _pack(source, name, values).items():
+                            digests[packed_name] = writer.write(packed_name, tensor)
+                            weight_map[packed_name] = shard
+                            packed_bytes += tensor.nbytes
+                        advance(info.nbytes)
         index = {"metadata": {"total_size": packed_bytes, "sha256": digests}, "weight_map": weight_map}
         (building / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-        _write_config(source, dtype, building)
+        _write_config(source, values, building)
         for file in COMPANION_FILES:
             if (source.directory / file).is_file():
                 shutil.copyfile(source.directory / file, building / file)
 
 
-def _value_dtype(source: Checkpoint, requested: str | None) -> torch.dtype:
+def _values(
+    source: Checkpoint, value_dtype: str | None, quantization: Quantization | None, calibration: Sequence[str | Path]
+) -> _Values:
+    if quantization is None:
+        if calibration:
+            raise InputError("calibration text is for quantized values: name a format to quantize to, or leave it out")
+        return _Values(_float_dtype(source, value_dtype))
+    if value_dtype is not None:
+        raise InputError("kept values are either quantized or of another floating dtype: name one of the two")
+    if not calibration:
+        return _Values(quantization.values.dtype, quantization)
+    from conversion.quantization.calibrated import calibrated_codes
+
+    if (violation := source.first_violation()) is not None:
+        raise _not_sparse(source, violation)
+    return _Values(quantization.values.dtype, quantization, calibrated_codes(source, quantization, calibration))
+
+
+def _float_dtype(source: Checkpoint, requested: str | None) -> torch.dtype:
     """The dtype of all kept values: the requested one, or the source's."""
     if requested is None:
         dtypes = {source.shards.info(name).dtype for name in source.scope}
-        if len(dtypes) > 1 or not dtypes <= set(VALUE_DTYPES.values()):
+        if len(dtypes) > 1 or not dtypes <= set(FLOAT_DTYPES.values()):
             raise InputError(
                 f"the linears of {source.directory} are stored as {', '.join(sorted(map(str, dtypes)))}: "
                 "name one dtype with --value-dtype"
             )
         return dtypes.pop()
-    if requested not in VALUE_DTYPES:
-        raise InputError(f"value dtype '{requested}' is not supported: use one of {', '.join(VALUE_DTYPES)}")
-    return VALUE_DTYPES[requested]
+    if requested not in FLOAT_DTYPES:
+        raise InputError(f"value dtype '{requested}' is not supported: use one of {', '.join(FLOAT_DTYPES)}")
+    return FLOAT_DTYPES[requested]
 
 
-def _layout(source: Checkpoint, name: str, dtype: torch.dtype) -> Layout:
+def _layout(source: Checkpoint, name: str, values: _Values) -> Layout:
     """Names, shapes and dtypes that source tensor `name` becomes."""
     if name not in source.scope_set:
         info = source.shards.info(name)
         return {name: (info.shape, info.dtype)}
     rows, columns = source.linear_shape(name)
-    layer = name.removesuffix(".weight")
-    return {
-        layer + VALUES_SUFFIX: ((rows, columns // 2), dtype),
+    layer, quantization = name.removesuffix(".weight"), values.quantization
+    shape = (rows, columns // 2) if quantization is None else quantization.stored_shape(rows, columns)
+    layout: Layout = {
+        layer + VALUES_SUFFIX: (shape, values.dtype),
         layer + BITMASK_SUFFIX: ((rows, columns // 8), torch.uint8),
     }
+    if quantization is not None:
+        layout[layer + SCALE_SUFFIX] = ((rows, quantization.groups(columns)), torch.float32)
+    return layout
 
 
-def _pack(source: Checkpoint, name: str, dtype: torch.dtype) -> dict[str, Tensor]:
+def _pack(source: Checkpoint, name: str, values: _Values) -> dict[str, Tensor]:
     """The tensors that source tensor `name` becomes."""
     if name not in source.scope_set:
         return {name: source.tensor(name)}
     try:
-        values, bitmask = pack24(source.linear_weight(name))
+        kept, bitmask = pack24(source.linear_weight(name))
     except InputError as error:
-        raise InputError(
-            f"{source.directory} is not 2:4: tensor '{name}', {error}; train or prune it to 2:4 first"
-        ) from None
-    rounded = values.to(dtype)
-    if not rounded.isfinite().all():
-        raise InputError(f"tensor '{name}' holds values that do not fit {dtype}: choose a wider --value-dtype")
+        raise _not_sparse(source, f"tensor '{name}', {error}") from None
     layer = name.removesuffix(".weight")
+    if values.quantization is not None:
+        codes, scale = _codes(source, name, values.quantization, values.codes)
+        stored = encode(codes[kept_columns(bitmask)].view(kept.shape), values.quantization.values)
+        return {layer + VALUES_SUFFIX: stored, layer + BITMASK_SUFFIX: bitmask, layer + SCALE_SUFFIX: scale}
+    rounded = kept.to(values.dtype)
+    if not rounded.isfinite().all():
+        raise InputError(f"tensor '{name}' holds values that do not fit {values.dtype}: choose a wider --value-dtype")
     return {layer + VALUES_SUFFIX: rounded, layer + BITMASK_SUFFIX: bitmask}
 
 
-def _write_config(source: Checkpoint, dtype: torch.dtype, directory: Path) -> None:
+def _codes(source: Checkpoint, name: str, quantization: Quantization, calibrated: Mapping[str, Codes]) -> Codes:
+    if name in calibrated:
+        return calibrated[name]
+    from conversion.quantization.quantize import quantize_weight
+
+    weight = source.linear_weight(name).float()
+    return quantize_weight(weight, weight != 0, quantization)
+
+
+def _not_sparse(source: Checkpoint, violation: str) -> InputError:
+    return InputError(f"{source.directory} is not 2:4: {violation}; train or prune it to 2:4 first")
+
+
+def _write_config(source: Checkpoint, values: _Values, directory: Path) -> None:
     dense = [name.removesuffix(".weight") for name in source.dense_linears]
     config = source.config | {
         "quantization_config": {
             "quant_method": QUANT_METHOD,
             "version": VERSION,
             "pattern": PATTERN,
-            "value_dtype": next(name for name, value in VALUE_DTYPES.items() if value == dtype),
-            "group_size": None,
+            "value_dtype": values.name,
+            "group_size": None if values.quantization is None else values.quantization.group_size,
             "ignore": ["lm_head", *dense],
         }
     }

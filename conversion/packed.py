@@ -11,6 +11,7 @@ from conversion.errors import InputError
 PATTERN = "2:4"
 VALUES_SUFFIX = ".weight_values"
 BITMASK_SUFFIX = ".weight_bitmask"
+SCALE_SUFFIX = ".weight_scale"
 
 # Nibbles with exactly two bits set: the only ones that a valid bitmask holds.
 VALID_NIBBLES = (0b0011, 0b0101, 0b0110, 0b1001, 0b1010, 0b1100)
@@ -68,15 +69,14 @@ def unpack24(values: Tensor, bitmask: Tensor) -> Tensor:
         InputError: the two shapes do not belong together, or a nibble of the bitmask does not keep exactly two columns;
             the first such row and group are named.
     """
-    nibbles = bitmask_nibbles(bitmask)
-    rows, groups = nibbles.shape
-    if values.shape != (rows, 2 * groups):
+    kept = kept_columns(bitmask)
+    rows, columns = kept.shape
+    if values.shape != (rows, columns // 2):
         raise InputError(
             f"values {list(values.shape)} and bitmask {list(bitmask.shape)} do not belong together: "
             "they must be [N, K/2] and [N, K/8]"
         )
-    weight = values.new_zeros(rows, 4 * groups)
-    return weight.masked_scatter_(_BITS[nibbles.int()].view(rows, 4 * groups), values.contiguous())
+    return values.new_zeros(rows, columns).masked_scatter_(kept, values.contiguous())
 
 
 def bitmask_nibbles(bitmask: Tensor) -> Tensor:
@@ -92,6 +92,11 @@ def bitmask_nibbles(bitmask: Tensor) -> Tensor:
             "two of four columns: the file is damaged"
         )
     return nibbles
+
+
+def kept_columns(bitmask: Tensor) -> Tensor:
+    """The mask [N, K] bool, True where kept, of a bitmask [N, K/8]; InputError on an invalid nibble."""
+    return _BITS[bitmask_nibbles(bitmask).int()].flatten(1)
 
 
 def _to_nibbles(columns: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Reading the packed checkpoint, format version 1."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,8 @@ from conversion.checkpoint import Checkpoint, check_complete, widest
 from conversion.errors import InputError
 from conversion.families import Family, family_of
 from conversion.model_config import read_config
-from conversion.packed import BITMASK_SUFFIX, PATTERN, VALUES_SUFFIX, bitmask_nibbles, unpack24
+from conversion.packed import BITMASK_SUFFIX, PATTERN, SCALE_SUFFIX, VALUES_SUFFIX, bitmask_nibbles, unpack24
+from conversion.quantization.formats import FORMATS, Quantization, check_scale, check_values, dequantize
 from conversion.shards import Shards, tensor_bytes
 
 VERSION = 1
@@ -22,7 +23,9 @@ VALUE_DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
+    **{name: value_format.dtype for name, value_format in FORMATS.items()},
 }
+_SUFFIXES = (VALUES_SUFFIX, BITMASK_SUFFIX, SCALE_SUFFIX)
 
 
 def is_packed(config: dict[str, Any]) -> bool:
@@ -40,7 +43,8 @@ class PackedCheckpoint:
         config: the parsed config.json.
         family: naming and storage of its blocks' linears.
         sparse_layers: names of the packed linears ('model.layers.0.mlp.up_proj'), in checkpoint order.
-        value_dtype: dtype of the kept values.
+        value_dtype: dtype that the kept values are stored in.
+        quantization: how they are quantized; None if they are not.
     """
 
     def __init__(self, directory: str | Path) -> None:
@@ -48,21 +52,17 @@ class PackedCheckpoint:
         self.config = read_config(self.directory)
         self.family: Family = family_of(self.config["model_type"])
         self.value_dtype = _value_dtype(self.directory, self.config)
+        self.quantization = _quantization(self.directory, self.config)
         self.shards = Shards(self.directory)
-        suffixes = (VALUES_SUFFIX, BITMASK_SUFFIX)
-        packed_names = {name.removesuffix(s) for s in suffixes for name in self.shards.infos if name.endswith(s)}
-        self.sparse_layers = [name for name in self._layer_order() if name in packed_names]
+        self.sparse_layers = self._packed_layers()
         for layer in self.sparse_layers:
             self._check_layer(layer)
         check_complete(self.directory, self.config, self.family, self.names, self._shape)
 
-    def _layer_order(self) -> Iterator[str]:
-        seen = set()
-        for name in self.shards.infos:
-            layer = name.removesuffix(VALUES_SUFFIX).removesuffix(BITMASK_SUFFIX)
-            if layer not in seen:
-                seen.add(layer)
-                yield layer
+    def _packed_layers(self) -> list[str]:
+        """Layers of which any packed tensor is there, in checkpoint order."""
+        layers = (name.removesuffix(s) for name in self.shards.infos for s in _SUFFIXES if name.endswith(s))
+        return list(dict.fromkeys(layers))
 
     def _check_layer(self, layer: str) -> None:
         values = self.shards.info(layer + VALUES_SUFFIX)
@@ -72,12 +72,32 @@ class PackedCheckpoint:
                 f"layer '{layer}' holds {values.dtype} values and a {bitmask.dtype} bitmask, but config.json says "
                 f"{self.value_dtype} and the format torch.uint8: make the checkpoint again"
             )
-        rows, half = values.shape if len(values.shape) == 2 else (-1, -1)
-        if half % 4 or bitmask.shape != (rows, half // 4):
+        rows, columns = self._dense_shape(layer)
+        quantization = self.quantization
+        expected = (rows, columns // 2) if quantization is None else quantization.stored_shape(rows, columns)
+        if values.shape != expected:
             raise InputError(
                 f"layer '{layer}' has values of shape {list(values.shape)} and a bitmask of shape "
-                f"{list(bitmask.shape)}, not [N, K/2] and [N, K/8]: make the checkpoint again"
+                f"{list(bitmask.shape)}, not [N, K/2] (4-bit values: [N, K/4]) and [N, K/8]: make the checkpoint again"
             )
+        if quantization is None:
+            if layer + SCALE_SUFFIX in self.shards.infos:
+                raise InputError(
+                    f"layer '{layer}' has scales, but config.json says its values are not quantized: "
+                    "make the checkpoint again"
+                )
+            return
+        scale = self.shards.info(layer + SCALE_SUFFIX)
+        if scale.dtype != torch.float32 or scale.shape != (rows, quantization.groups(columns)):
+            raise InputError(
+                f"layer '{layer}' has scales of shape {list(scale.shape)} and {scale.dtype}, but its config.json and "
+                f"shape ask for {[rows, quantization.groups(columns)]} and torch.float32: make the checkpoint again"
+            )
+
+    def _dense_shape(self, layer: str) -> tuple[int, int]:
+        """(N, K) by the bitmask's shape; K is 0 if that is no matrix."""
+        shape = self.shards.info(layer + BITMASK_SUFFIX).shape
+        return (shape[0], 8 * shape[1]) if len(shape) == 2 else (0, 0)
 
     def _shape(self, name: str) -> tuple[int, ...]:
         return self.linear_shape(name) if name.removesuffix(".weight") in self._sparse else self.shards.info(name).shape
@@ -85,7 +105,7 @@ class PackedCheckpoint:
     @property
     def names(self) -> list[str]:
         """Names that the dense model's tensors have, the packed weights included."""
-        dense = [name for name in self.shards.infos if not name.endswith((VALUES_SUFFIX, BITMASK_SUFFIX))]
+        dense = [name for name in self.shards.infos if not name.endswith(_SUFFIXES)]
         return dense + [f"{layer}.weight" for layer in self.sparse_layers]
 
     @property
@@ -95,27 +115,38 @@ class PackedCheckpoint:
 
     @cached_property
     def dtype(self) -> torch.dtype:
-        """The narrowest floating dtype that holds every weight exactly."""
-        return widest(info.dtype for info in self.shards.infos.values())
+        """The narrowest floating dtype that holds every weight exactly; quantized ones are float32."""
+        infos = self.shards.infos.items()
+        return widest(info.dtype for name, info in infos if not (self.quantization and name.endswith(VALUES_SUFFIX)))
 
     def linear_shape(self, name: str) -> tuple[int, int]:
         """(N, K) of a weight of the scope."""
-        rows, half = self.shards.info(name.removesuffix(".weight") + VALUES_SUFFIX).shape
-        return rows, 2 * half
+        return self._dense_shape(name.removesuffix(".weight"))
 
     def packed(self, layer: str) -> tuple[Tensor, Tensor]:
-        """Values [N, K/2] and bitmask [N, K/8] of one packed linear; InputError if the bitmask is damaged."""
-        bitmask = self.shards.tensor(layer + BITMASK_SUFFIX)
-        try:
-            bitmask_nibbles(bitmask)
-        except InputError as error:
-            raise InputError(f"layer '{layer}' of {self.directory}: {error}") from None
-        self._check_digest(layer + BITMASK_SUFFIX, bitmask)
-        return self._checked(layer + VALUES_SUFFIX), bitmask
+        """Values as stored, [N, K/2] (4-bit: [N, K/4]), and bitmask [N, K/8] of one packed linear.
+
+        Raises:
+            InputError: the bitmask or the values are damaged.
+        """
+        bitmask = self._checked(layer + BITMASK_SUFFIX, bitmask_nibbles)
+        if self.quantization is None:
+            return self._checked(layer + VALUES_SUFFIX), bitmask
+        value_format = self.quantization.values
+        return self._checked(layer + VALUES_SUFFIX, lambda values: check_values(values, value_format)), bitmask
+
+    def scale(self, layer: str) -> Tensor | None:
+        """Scales [N, G] float32 of one packed linear, None if its values are not quantized; InputError if damaged."""
+        return None if self.quantization is None else self._checked(layer + SCALE_SUFFIX, check_scale)
 
     def linear_weight(self, name: str) -> Tensor:
-        """Dense weight [N, K] of the packed linear whose weight has this name in the dense model."""
-        return unpack24(*self.packed(name.removesuffix(".weight")))
+        """Dense weight [N, K], dequantized, of the packed linear whose weight has this name in the dense model."""
+        layer = name.removesuffix(".weight")
+        values, bitmask = self.packed(layer)
+        scale = self.scale(layer)
+        if scale is None or self.quantization is None:
+            return unpack24(values, bitmask)
+        return dequantize(values, bitmask, scale, self.quantization)
 
     def tensor(self, name: str) -> Tensor:
         """A tensor of the dense model, packed weights unpacked and stored the family's way round."""
@@ -128,8 +159,14 @@ class PackedCheckpoint:
     def _sparse(self) -> frozenset[str]:
         return frozenset(self.sparse_layers)
 
-    def _checked(self, name: str) -> Tensor:
+    def _checked(self, name: str, check: Callable[[Tensor], object] | None = None) -> Tensor:
+        """Read a tensor; InputError if `check` raises one or if its SHA-256 is not the stored one."""
         tensor = self.shards.tensor(name)
+        if check is not None:
+            try:
+                check(tensor)
+            except InputError as error:
+                raise InputError(f"tensor '{name}' of {self.directory}: {error}") from None
         self._check_digest(name, tensor)
         return tensor
 
@@ -172,3 +209,10 @@ def _value_dtype(directory: Path, config: dict[str, Any]) -> torch.dtype:
             f"and this release reads {PATTERN} with {', '.join(VALUE_DTYPES)}"
         )
     return VALUE_DTYPES[quantization["value_dtype"]]
+
+
+def _quantization(directory: Path, config: dict[str, Any]) -> Quantization | None:
+    try:
+        return Quantization.of_config(config["quantization_config"])
+    except InputError as error:
+        raise InputError(f"config.json of {directory}: {error}") from None

@@ -23,14 +23,18 @@ class VerifyReport:
     Attributes:
         sparse_layers: linears found exactly 2:4, with intact bitmasks and SHA-256.
         dense_tensors: other tensors, with intact SHA-256.
-        compared_with: the dense model whose tensors equal the unpacked ones bit for bit; None if none was given.
+        compared_with: the dense model whose tensors equal the unpacked ones bit for bit (quantized weights: whose
+            zeros are theirs); None if none was given.
         logits_tokens: tokens whose logits are equal bit for bit between packed and dense model; 0 if not compared.
+        rounding_error: of quantized weights, the largest ||W - Q|| / ||W|| (Frobenius) of a linear; None if values are
+            not quantized or were not compared.
     """
 
     sparse_layers: int
     dense_tensors: int
     compared_with: str | None
     logits_tokens: int
+    rounding_error: float | None = None
 
     def __str__(self) -> str:
         checked = (
@@ -38,6 +42,11 @@ class VerifyReport:
         )
         if self.compared_with is None:
             return f"{checked}; not compared with a source model"
+        if self.rounding_error is not None:
+            return (
+                f"{checked}; the dense tensors equal {self.compared_with} bit for bit, and quantized weights keep its "
+                f"zeros and differ by at most {self.rounding_error:.2%} of a linear's norm"
+            )
         return f"{checked}; they and the logits of {self.logits_tokens} tokens equal {self.compared_with} bit for bit"
 
 
@@ -46,7 +55,8 @@ def verify(packed_dir: str | Path, source_dir: str | Path | None = None) -> Veri
 
     Alone: headers, SHA-256 of every tensor, bitmasks, and that unpacking and packing again changes nothing. With
     `source_dir` also: every unpacked weight equals the source's (rounded to the value dtype), every other tensor is
-    equal bit for bit, and the unpacked model's logits equal those of the source. Holds one dense model at a time.
+    equal bit for bit, and the unpacked model's logits equal those of the source. Quantized weights must instead have
+    zeros where the source has, and an error smaller than themselves. Holds one dense model at a time.
 
     Raises:
         InputError: the first check that fails, naming the tensor.
@@ -55,27 +65,31 @@ def verify(packed_dir: str | Path, source_dir: str | Path | None = None) -> Veri
     source = None if source_dir is None else Checkpoint(source_dir)
     if source is not None:
         _check_same_names(packed, source)
+    errors = []
     for layer in packed.sparse_layers:
-        values, bitmask = packed.packed(layer)
-        weight = unpack24(values, bitmask)
+        weight = packed.linear_weight(f"{layer}.weight")
         if not torch.equal(unpack24(*pack24(weight)), weight):
             raise InputError(
                 f"layer '{layer}' of {packed.directory} does not survive packing again: convert the model again"
             )
-        if source is not None:
+        if source is not None and packed.quantization is None:
             _check_layer(packed, source, layer, weight)
+        elif source is not None:
+            errors.append(_check_quantized(packed, source, layer, weight))
     dense = [name for name in packed.names if name not in set(packed.scope)]
     for name in dense:
         tensor = packed.tensor(name)
         if source is not None and tensor_bytes(tensor) != tensor_bytes(source.tensor(name)):
             raise _differs(name, packed, source)
-    if source is not None:
+    compare_logits = source is not None and packed.quantization is None
+    if source is not None and compare_logits:
         _check_logits(packed, source)
     return VerifyReport(
         sparse_layers=len(packed.sparse_layers),
         dense_tensors=len(dense),
         compared_with=None if source is None else str(source.directory),
-        logits_tokens=0 if source is None else LOGITS_TOKENS,
+        logits_tokens=LOGITS_TOKENS if compare_logits else 0,
+        rounding_error=max(errors, default=None),
     )
 
 
@@ -92,6 +106,17 @@ def _check_layer(packed: PackedCheckpoint, source: Checkpoint, layer: str, weigh
     expected = source.linear_weight(f"{layer}.weight").to(packed.value_dtype)
     if expected.shape != weight.shape or not torch.equal(weight, expected):
         raise _differs(f"{layer}.weight", packed, source)
+
+
+def _check_quantized(packed: PackedCheckpoint, source: Checkpoint, layer: str, weight: Tensor) -> float:
+    """Return ||W - Q|| / ||W||."""
+    expected = source.linear_weight(f"{layer}.weight").float()
+    if expected.shape != weight.shape or (weight[expected == 0] != 0).any():
+        raise _differs(f"{layer}.weight", packed, source)
+    error = torch.linalg.norm(weight - expected).item() / max(torch.linalg.norm(expected).item(), 1e-30)
+    if error >= 1:
+        raise _differs(f"{layer}.weight", packed, source)
+    return error
 
 
 def _differs(name: str, packed: PackedCheckpoint, source: Checkpoint) -> InputError:

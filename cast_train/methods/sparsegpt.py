@@ -3,8 +3,8 @@
 import torch
 
 from cast_train.mask import nm_mask
+from conversion.hessian import damped, error_spread
 
-DAMPING = 0.01
 BLOCK_COLUMNS = 128
 
 
@@ -14,15 +14,8 @@ def sparsegpt(weight: torch.Tensor, gram: torch.Tensor, shrink: float) -> torch.
     `gram` is X^T X [K, K] of the layer's inputs. K must be a multiple of 4.
     """
     pruned = weight.clone()
-    hessian = gram.clone()
-    diagonal = hessian.diagonal()
-    dead = diagonal == 0
-    diagonal[dead] = 1
-    pruned[:, dead] = 0
-    diagonal += DAMPING * diagonal.mean()
-    # Upper Cholesky factor of the inverse: row i holds how column i's error spreads over the columns after it.
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
-    spread = torch.linalg.cholesky(inverse, upper=True)
+    pruned[:, gram.diagonal() == 0] = 0
+    spread = error_spread(damped(gram))
 
     columns = weight.shape[1]
     for start in range(0, columns, BLOCK_COLUMNS):

@@ -50,7 +50,8 @@ def export(
         source_dir: packed checkpoint, or dense-stored model.
         out_dir: appears complete or not at all.
         value_dtype: "float32" or "bfloat16" for the kept values of a 2:4 model; None keeps bfloat16 as it is and takes
-            float32 for the rest. Must be None or "float32" for a dense model.
+            float32 for the rest. Must be None or "float32" for a dense model. Quantized values are dequantized, but
+            only if it is named.
         overwrite: replace an existing `out_dir`.
 
     Raises:
@@ -79,6 +80,11 @@ def export(
 def _value_dtype(source: Checkpoint | PackedCheckpoint, sparse: bool, requested: str | None) -> torch.dtype:
     if requested is not None and requested not in _VALUE_DTYPES:
         raise InputError(f"value dtype '{requested}' cannot be exported: use one of {', '.join(_VALUE_DTYPES)}")
+    if requested is None and isinstance(source, PackedCheckpoint) and source.quantization is not None:
+        raise InputError(
+            f"{source.directory} holds {source.quantization.values.name} values, which the ONNX engine cannot run yet: "
+            "pass --value-dtype float32 to serve them dequantized, at the size and speed of float32"
+        )
     if not sparse and requested not in (None, "float32"):
         raise InputError(
             f"{source.directory} is not 2:4, and a dense model is exported in float32 only: leave --value-dtype out"

@@ -4,10 +4,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedModel
 
-from cast_train.methods.sparsegpt import DAMPING, sparsegpt
+from cast_train.methods.sparsegpt import sparsegpt
 from cast_train.methods.wanda import wanda
 from cast_train.oneshot import prune
 from conversion.errors import InputError
+from conversion.hessian import DAMPING
 
 
 def correlated_inputs(features: int, samples: int = 300) -> torch.Tensor:

@@ -273,7 +273,7 @@ def test_a_flipped_bit_in_a_bitmask_is_found(packed_copy):
         return bitmask
 
     edit(packed_copy, f"{LAYER}.weight_bitmask", flip)
-    with pytest.raises(InputError, match=rf"'{LAYER}'.*row 7, group 2 of the bitmask"):
+    with pytest.raises(InputError, match=rf"'{LAYER}.weight_bitmask'.*row 7, group 2 of the bitmask"):
         load_packed(packed_copy).tensor(f"{LAYER}.weight")
     with pytest.raises(InputError, match="row 7, group 2"):
         verify(packed_copy)

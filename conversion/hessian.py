@@ -1,0 +1,20 @@
+"""How a layer's output error depends on its weights: X^T X of the inputs, and how error spreads over columns."""
+
+import torch
+from torch import Tensor
+
+DAMPING = 0.01
+
+
+def damped(gram: Tensor) -> Tensor:
+    """Return X^T X [K, K] with part of its mean diagonal added, and ones for inputs that never fire: it inverts."""
+    hessian = gram.clone()
+    diagonal = hessian.diagonal()
+    diagonal[diagonal == 0] = 1
+    diagonal += DAMPING * diagonal.mean()
+    return hessian
+
+
+def error_spread(hessian: Tensor) -> Tensor:
+    """Return the upper Cholesky factor of the inverse: row i holds how column i's error spreads over those after it."""
+    return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True)

@@ -1,0 +1,88 @@
+"""Quantizing a checkpoint's linears on calibration text."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from conversion.checkpoint import Checkpoint
+from conversion.dense_model import context_length, dense_model
+from conversion.errors import InputError
+from conversion.families import Family
+from conversion.quantization.formats import Quantization
+from conversion.quantization.quantize import quantize_model
+from conversion.text import read_documents
+
+CALIBRATION_TOKENS = 32_768
+SEQUENCE_TOKENS = 512
+
+
+def calibrated_codes(
+    source: Checkpoint, quantization: Quantization, data: Sequence[str | Path], tokens: int = CALIBRATION_TOKENS
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return codes [N, K] and scales [N, G] of every weight in the scope of a 2:4 checkpoint, by tensor name.
+
+    Args:
+        source: exactly 2:4.
+        quantization: format and groups.
+        data: text files; the first `tokens` tokens of them are used.
+        tokens: most tokens to calibrate on.
+
+    Raises:
+        InputError: there is no text, too little of it, or no tokenizer in the source's directory.
+    """
+    length = min(SEQUENCE_TOKENS, context_length(source))
+    calibration = calibration_sequences(data, load_tokenizer(source.directory), length, tokens)
+    model = dense_model(source, torch.float32)
+    linears = scope_modules(model, source)
+    names = {module: name for name, module in linears.items()}
+    found = quantize_model(model, names, quantization, calibration, sparse=True)
+    return {
+        # stored by the byte: codes are whole numbers, or 8-bit floats
+        names[linear]: (codes.to(torch.int8 if quantization.values.bits == 4 else quantization.values.dtype), scale)
+        for linear, codes, scale in found
+    }
+
+
+def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model directory; InputError if there is none."""
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory)
+    except (OSError, ValueError, KeyError):
+        raise InputError(f"{directory} holds no tokenizer to read the calibration text with: copy it there") from None
+    return tokenizer
+
+
+def calibration_sequences(
+    data: Sequence[str | Path], tokenizer: PreTrainedTokenizerBase, length: int, tokens: int
+) -> Tensor:
+    """Return int64 token ids [samples, length]: documents joined by the EOS token, as many as make `tokens` tokens.
+
+    Raises:
+        InputError: there is no text, or less than one sequence of it.
+    """
+    ids: list[int] = []
+    for document in read_documents(data):
+        ids += tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
+        if tokenizer.eos_token_id is not None:
+            ids.append(tokenizer.eos_token_id)
+        if len(ids) >= tokens:
+            break
+    samples = min(len(ids), tokens) // length
+    if samples == 0:
+        raise InputError(f"the calibration text has {len(ids)} tokens, less than one sequence of {length}: give more")
+    return torch.tensor(ids[: samples * length]).view(samples, length)
+
+
+def scope_modules(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, nn.Module]:
+    """The model's linears by the checkpoint's tensor names, which may lack the base model's prefix."""
+    by_block = {_from_block(checkpoint.family, f"{name}.weight"): module for name, module in model.named_modules()}
+    return {name: by_block[_from_block(checkpoint.family, name)] for name in checkpoint.scope}
+
+
+def _from_block(family: Family, name: str) -> str:
+    """'model.layers.0.mlp.up_proj.weight' -> '0.mlp.up_proj.weight'; other names as they are."""
+    match = family.block.match(name)
+    return name if match is None else match.group().split(".")[-2] + "." + name[match.end() :]

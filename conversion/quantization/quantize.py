@@ -1,0 +1,74 @@
+"""Quantizing one weight, and every linear of a model behind the blocks already quantized."""
+
+from collections.abc import Collection, Iterator
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from conversion.block_walk import input_grams
+from conversion.hessian import damped
+from conversion.quantization.descent import refine
+from conversion.quantization.formats import Quantization
+from conversion.quantization.gptq import gptq
+from conversion.quantization.scales import fit_scales
+
+
+def quantize_weight(
+    weight: Tensor, mask: Tensor, quantization: Quantization, gram: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return codes [N, K], 0 where masked, and scales [N, G], float32.
+
+    Args:
+        weight: [N, K] float32, masked entries zero.
+        mask: [N, K] bool, True where kept; all True quantizes a dense weight.
+        quantization: format and groups.
+        gram: X^T X [K, K] of the layer's inputs, for error feedback; None rounds to nearest.
+    """
+    hessian = None if gram is None else damped(gram)
+    scale = fit_scales(weight, quantization, None if hessian is None else hessian.diagonal())
+    each = quantization.spread(scale, weight.shape[1])
+    if hessian is None:
+        return quantization.values.round(weight / each), scale
+    codes = gptq(weight, mask, hessian, each, quantization.values)
+    return refine(codes, weight, mask, hessian, each, quantization.values), scale
+
+
+@torch.no_grad()
+def quantize_model(
+    model: PreTrainedModel,
+    linears: Collection[nn.Module],
+    quantization: Quantization,
+    calibration: Tensor | None,
+    *,
+    sparse: bool,
+) -> Iterator[tuple[nn.Module, Tensor, Tensor]]:
+    """Quantize `linears` in place, block by block; yield each with its codes [N, K] and scales [N, G].
+
+    Args:
+        model: float32.
+        linears: modules to quantize, `nn.Linear` or GPT-2's `Conv1D`.
+        quantization: format and groups.
+        calibration: int64 token ids [samples, length]; None rounds to nearest.
+        sparse: keep zero weights at zero (a 2:4 model); else every weight may move.
+    """
+    if calibration is None:
+        for linear in linears:
+            yield linear, *_quantize(linear, quantization, None, sparse)
+        return
+    for grams in input_grams(model, linears, calibration, f"{quantization.values.name}: quantizing blocks"):
+        for linear, gram in grams.items():
+            yield linear, *_quantize(linear, quantization, gram, sparse)
+
+
+def _quantize(
+    linear: nn.Module, quantization: Quantization, gram: Tensor | None, sparse: bool
+) -> tuple[Tensor, Tensor]:
+    stored = linear.weight
+    assert isinstance(stored, Tensor)
+    weight = stored.T if isinstance(linear, Conv1D) else stored
+    mask = weight != 0 if sparse else torch.ones_like(weight, dtype=torch.bool)
+    codes, scale = quantize_weight(weight, mask, quantization, gram)
+    weight.copy_(codes * quantization.spread(scale, codes.shape[1]))
+    return codes, scale
