@@ -119,7 +119,6 @@ def pipeline(
     family_of(read_config(directory)["model_type"])
     if out.exists() and not out.is_dir():
         raise InputError(f"{out} is a file: choose a directory as output")
-    out.mkdir(parents=True, exist_ok=True)
     console = Console()
     try:
         ran = run_stages(stages(directory, data, heldout, preset, out), out, console)

@@ -186,6 +186,8 @@ def evaluate(
     from cast_train.evaluation.zero_shot import Tasks
     from conversion.errors import InputError
 
+    if json is not None and not json.parent.is_dir():
+        raise InputError(f"there is no directory {json.parent} to write {json.name} to: make it first")
     if task_dir is not None and not task_dir.is_dir():
         raise InputError(f"there is no directory {task_dir}: give one of lm-eval task files")
     names = tuple(name.strip() for name in (tasks or "").split(",") if name.strip())

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import transformers
 from rich.console import Console
-from transformers import AutoTokenizer
 
 from cast_train.budget import decay_budget
 from cast_train.config import CastConfig, TrainConfig
@@ -33,6 +32,7 @@ from conversion.dense_model import context_length, dense_model
 from conversion.errors import InputError
 from conversion.hub import local_model
 from conversion.progress import without_transformers_bars
+from conversion.tokenizer import load_tokenizer
 
 _REPORT_TOKENS = 8192  # on which the loss before and after the cut is measured
 
@@ -72,7 +72,7 @@ def train(
     directory = local_model(source)
     check_target(out, overwrite, directory)
     dense = Checkpoint(directory)
-    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer = load_tokenizer(directory)
     config = config.within_context(context_length(dense))
     budget_tokens = config.total_steps * config.batch_tokens
     texts = with_samples(data, dense, tokenizer, budget_tokens, config.block_length, cache_dir)

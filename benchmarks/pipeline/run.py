@@ -57,6 +57,7 @@ def run_stages(stages: Sequence[Stage], out: Path, console: Console, program: Se
             raise StageFailed(stage, code)
         clock.finished(stage)
         done[stage.name] = seen
+        out.mkdir(parents=True, exist_ok=True)
         write_text(record, json.dumps(done, indent=1))
     return pending
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cast_train.evaluation.perplexity import score_windows
 from cast_train.evaluation.windows import heldout_windows
@@ -20,6 +20,7 @@ from conversion.dense_model import context_length, dense_model
 from conversion.errors import InputError
 from conversion.packed_checkpoint import open_checkpoint
 from conversion.text import read_documents
+from conversion.tokenizer import load_tokenizer
 
 DEFAULT_CONTEXT = 1024
 DEFAULT_TOKENS = 50_176
@@ -131,7 +132,7 @@ def versions() -> dict[str, str]:
 
 def _load(directory: Path, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     model: Any = dense_model(open_checkpoint(directory), torch.float32)
-    return model.to(device), AutoTokenizer.from_pretrained(directory)
+    return model.to(device), load_tokenizer(directory)
 
 
 def _context(models: Sequence[Path], context: int | None) -> int:

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer
 
 from cast_train.config import TrainConfig
 from cast_train.dataset import load_tokens
@@ -18,6 +17,7 @@ from conversion.checkpoint import Checkpoint
 from conversion.dense_model import context_length, dense_model
 from conversion.errors import InputError
 from conversion.hub import local_model
+from conversion.tokenizer import load_tokenizer
 
 
 def prune_directory(
@@ -34,7 +34,7 @@ def prune_directory(
         dense = Checkpoint(directory)
         config = config.within_context(context_length(dense))
         model = dense_model(dense, torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(directory)
+        tokenizer = load_tokenizer(directory)
         calibration = None
         if method in CALIBRATED:
             texts = with_samples(data, dense, tokenizer, config.calibration_tokens, config.block_length)

@@ -9,7 +9,7 @@ from typing import Any
 import onnx_ir as ir
 import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from conversion.atomic import new_directory
 from conversion.checkpoint import COMPANION_FILES, Checkpoint
@@ -24,6 +24,7 @@ from conversion.onnx.stock_graph import stock_graph
 from conversion.packed import PATTERN
 from conversion.packed_checkpoint import PackedCheckpoint, open_checkpoint
 from conversion.progress import byte_progress
+from conversion.tokenizer import load_tokenizer
 
 MODEL = "model.onnx"
 MANIFEST = "cast_onnx.json"
@@ -133,7 +134,7 @@ def _copy_companions(source: Path, directory: Path) -> None:
             shutil.copyfile(source / file, directory / file)
     slow = [file for file in ("vocab.json", "vocab.txt", "tokenizer.model") if (source / file).is_file()]
     if slow and not (source / "tokenizer.json").is_file():
-        AutoTokenizer.from_pretrained(source).backend_tokenizer.save(str(directory / "tokenizer.json"))
+        load_tokenizer(source).backend_tokenizer.save(str(directory / "tokenizer.json"))
     if (source / "tokenizer_config.json").is_file() and not (source / "chat_template.jinja").is_file():
         template = json.loads((source / "tokenizer_config.json").read_text()).get("chat_template")
         if isinstance(template, str):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from conversion.checkpoint import Checkpoint
 from conversion.dense_model import context_length, dense_model
@@ -14,6 +14,7 @@ from conversion.families import Family
 from conversion.quantization.formats import Quantization
 from conversion.quantization.quantize import quantize_model
 from conversion.text import read_documents
+from conversion.tokenizer import load_tokenizer
 
 CALIBRATION_TOKENS = 32_768
 SEQUENCE_TOKENS = 512
@@ -49,7 +50,7 @@ def calibrated_codes(
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a model directory; InputError if there is none."""
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory)
+        tokenizer: PreTrainedTokenizerBase = load_tokenizer(directory)
     except (OSError, ValueError, KeyError):
         raise InputError(f"{directory} holds no tokenizer to read the calibration text with: copy it there") from None
     return tokenizer

@@ -195,3 +195,14 @@ def test_what_cannot_be_evaluated_is_said(tmp_path: Path, task_dir: Path) -> Non
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="holds no task"):
         evaluate([directory], tasks=Tasks(directory=tmp_path / "empty"))
+
+
+def test_a_model_without_a_usable_tokenizer_is_refused(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model")
+    text = write_text(tmp_path / "text.txt", characters=400)
+    (model / "tokenizer.json").write_text("{")
+    with pytest.raises(InputError, match=r"the tokenizer of .*model cannot be read"):
+        evaluate([model], text, None, 200)
+    (model / "tokenizer.json").unlink()
+    with pytest.raises(InputError, match="model holds no tokenizer"):
+        evaluate([model], text, None, 200)
