@@ -47,15 +47,6 @@ def calibrated_codes(
     }
 
 
-def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model directory; InputError if there is none."""
-    try:
-        tokenizer: PreTrainedTokenizerBase = load_tokenizer(directory)
-    except (OSError, ValueError, KeyError):
-        raise InputError(f"{directory} holds no tokenizer to read the calibration text with: copy it there") from None
-    return tokenizer
-
-
 def calibration_sequences(
     data: Sequence[str | Path], tokenizer: PreTrainedTokenizerBase, length: int, tokens: int
 ) -> Tensor:
