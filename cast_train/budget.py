@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from cast_train.config import CastConfig
+from cast_train.dtensor import whole
 from cast_train.mask import nm_mask
 from cast_train.schedule import lr_factor
 from cast_train.sparse_model import is_transposed, scope
@@ -101,7 +102,8 @@ def decay_budget(model: PreTrainedModel, config: CastConfig, momentum: float | N
 def masked_magnitudes(model: PreTrainedModel) -> Iterator[Tensor]:
     """Yield, layer by layer, the magnitudes [count] of the weights that the mask of now would cut."""
     for _, module in scope(model):
-        weight = module.weight.t() if is_transposed(module) else module.weight
+        weight = whole(module.weight)
+        weight = weight.t() if is_transposed(module) else weight
         yield weight[~nm_mask(weight)].abs()
 
 
@@ -118,7 +120,11 @@ def _distance(config: CastConfig, steps: int, momentum: float | None) -> float:
         if config.decay == "auto":
             raise InputError("the decay must be measured before its budget is")
         pull = ramp * config.decay
-        noise = ((1 - ramp) * momentum) ** 2 * (1 - beta1 ** (2 * (t + 1)))  # the momentum starts at zero
-        v = beta2 * v + (1 - beta2) * (noise + pull**2)
+        if config.second_moment == "update":
+            noise = ((1 - ramp) * momentum) ** 2 * (1 - beta1 ** (2 * (t + 1)))  # the momentum starts at zero
+            square = noise + pull**2
+        else:
+            square = momentum**2 * (1 + beta1) / (1 - beta1)  # of the gradient, see measure_momentum
+        v = beta2 * v + (1 - beta2) * square
         distance += lr * (pull / (1 - beta1 ** (t + 1))) / (math.sqrt(v / (1 - beta2 ** (t + 1))) + config.eps)
     return distance

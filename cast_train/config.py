@@ -147,6 +147,8 @@ class CastConfig(TrainConfig):
     def _check_decay(self) -> Self:
         if self.decay != "auto" and self.decay < 0:
             raise ValueError("decay must be 0 or more, or 'auto'")
+        if self.decay == "auto" and self.decay_norm == "l2":
+            raise ValueError("decay 'auto' is measured for the l1 pull: give a number with decay_norm l2")
         return self
 
 

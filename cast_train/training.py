@@ -165,12 +165,17 @@ def plan_decay(
 ) -> dict[str, Any]:
     """Measure what decides CAST's decay and whether it suffices; return decay, momentum and budget.
 
-    InputError if decay cannot bring the masked weights to zero, unless `force`.
+    The pull of the l2 ablation shrinks with the weight, so it has no budget.
+
+    Raises:
+        InputError: decay cannot bring the masked weights to zero, unless `force`.
     """
     momentum = measure_momentum(trainer, blocks)
     decay = config.decay_ratio * momentum if config.decay == "auto" else config.decay
-    budget = decay_budget(trainer.student, config.model_copy(update={"decay": decay}), momentum)
     console.print(f"decay {decay:.3g}, momentum on masked weights {momentum:.3g} (root mean square)")
+    if config.decay_norm == "l2":
+        return {"decay": decay, "momentum": momentum}
+    budget = decay_budget(trainer.student, config.model_copy(update={"decay": decay}), momentum)
     console.print(str(budget))
     if not force:
         budget.check()

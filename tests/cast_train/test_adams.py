@@ -11,14 +11,23 @@ from torch import Tensor
 
 import cast_train.masked_adam
 from cast_train import AdamS, nm_mask
+from cast_train.adams import DecayNorm, SecondMoment
 from conversion.errors import InputError
 
 BETAS, EPS = (0.9, 0.999), 1e-8
 Matrix = list[list[float]]
 
 
-def reference(weights: Matrix, grads: list[Matrix], lrs: list[float], decay: float, total_steps: int) -> Matrix:
-    """Run Algorithm 1 for len(grads) steps, groups of four along the rows."""
+def reference(
+    weights: Matrix,
+    grads: list[Matrix],
+    lrs: list[float],
+    decay: float,
+    total_steps: int,
+    decay_norm: str = "l1",
+    second_moment: str = "update",
+) -> Matrix:
+    """Run Algorithm 1, or one of its ablations, for len(grads) steps, groups of four along the rows."""
     b1, b2 = BETAS
     weights = copy.deepcopy(weights)
     mu = [[0.0] * len(row) for row in weights]
@@ -37,9 +46,10 @@ def reference(weights: Matrix, grads: list[Matrix], lrs: list[float], decay: flo
         for r, row in enumerate(weights):
             for c, theta in enumerate(row):
                 mu[r][c] = b1 * mu[r][c] + (1 - b1) * grad[r][c]
-                sign = (theta > 0) - (theta < 0)
-                tilde = mu[r][c] if masks[r][c] else (1 - a) * mu[r][c] + a * decay * sign
-                v[r][c] = b2 * v[r][c] + (1 - b2) * tilde**2
+                pull = float((theta > 0) - (theta < 0)) if decay_norm == "l1" else theta
+                tilde = mu[r][c] if masks[r][c] else (1 - a) * mu[r][c] + a * decay * pull
+                squared = tilde if second_moment == "update" else grad[r][c]
+                v[r][c] = b2 * v[r][c] + (1 - b2) * squared**2
                 row[c] = theta - lr * (tilde / (1 - b1 ** (t + 1))) / (math.sqrt(v[r][c] / (1 - b2 ** (t + 1))) + EPS)
     return weights
 
@@ -80,6 +90,32 @@ def test_follows_algorithm_1(decay: float, dtype: torch.dtype, tolerance: float,
     run(optimizer, [parameter], [[torch.tensor(grad, dtype=dtype)] for grad in grads], lrs)
     expected = torch.tensor(reference(weights, grads, lrs, decay, total_steps), dtype=torch.float64)
     torch.testing.assert_close(parameter.detach().double(), expected, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-5)])
+@pytest.mark.parametrize(("decay_norm", "second_moment"), [("l2", "update"), ("l1", "gradient"), ("l2", "gradient")])
+def test_ablations_differ_in_their_one_line(
+    decay_norm: DecayNorm, second_moment: SecondMoment, dtype: torch.dtype, tolerance: float
+) -> None:
+    weights, grads, lrs = problem(3, 16, 25)
+    parameter = torch.tensor(weights, dtype=dtype, requires_grad=True)
+    optimizer = AdamS(
+        [{"params": [parameter], "sparse": True}],
+        1.0,
+        BETAS,
+        EPS,
+        decay=1e-2,
+        total_steps=25,
+        decay_norm=decay_norm,
+        second_moment=second_moment,
+    )
+    run(optimizer, [parameter], [[torch.tensor(grad, dtype=dtype)] for grad in grads], lrs)
+    ablation, paper = (
+        torch.tensor(reference(weights, grads, lrs, 1e-2, 25, *switches), dtype=torch.float64)
+        for switches in ((decay_norm, second_moment), ("l1", "update"))
+    )
+    torch.testing.assert_close(parameter.detach().double(), ablation, rtol=0, atol=tolerance)
+    assert (ablation - paper).abs().max() > 100 * tolerance
 
 
 def test_masked_weights_shrink_and_kept_ones_stay() -> None:
@@ -201,6 +237,8 @@ def test_refuses_what_it_cannot_train() -> None:
         AdamS([{"params": [torch.zeros(4, 6, requires_grad=True)], "sparse": True}], 1e-3, total_steps=1)
     with pytest.raises(InputError, match="total_steps"):
         AdamS([torch.zeros(4, requires_grad=True)], 1e-3, total_steps=0)
+    with pytest.raises(InputError, match="l1 or l2"):
+        AdamS([torch.zeros(4, requires_grad=True)], 1e-3, total_steps=1, decay_norm="l3")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="decay"):
         AdamS([torch.zeros(4, requires_grad=True)], 1e-3, decay=-1.0, total_steps=1)
 

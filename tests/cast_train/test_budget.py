@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from cast_train import AdamS, CastConfig, decay_budget, sparsify
+from cast_train.adams import SecondMoment
 from cast_train.budget import masked_magnitudes
 from cast_train.schedule import Schedule, lr_factor
 from cast_train.sparse_model import scope
@@ -25,6 +26,7 @@ def simulated_distance(settings: CastConfig, momentum: float) -> float:
         settings.eps,
         decay=settings.decay,
         total_steps=settings.total_steps,
+        second_moment=settings.second_moment,
     )
     beta1 = settings.betas[0]
     noise = momentum / ((1 - beta1) / (1 + beta1)) ** 0.5
@@ -36,12 +38,13 @@ def simulated_distance(settings: CastConfig, momentum: float) -> float:
     return 50.0 - parameter[:, 2:].mean().item()
 
 
-@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize("schedule", ["linear", "constant"])
 @pytest.mark.parametrize("decay", [1e-5, 3e-5, 1e-3])
 @pytest.mark.parametrize("steps", [60, 400])
-def test_distance_is_what_adams_does(schedule: Schedule, decay: float, steps: int) -> None:
+@pytest.mark.parametrize("second_moment", ["update", "gradient"])
+def test_distance_is_what_adams_does(schedule: Schedule, decay: float, steps: int, second_moment: SecondMoment) -> None:
     momentum = 2e-5
-    settings = config(lr=1e-3, schedule=schedule, decay=decay, steps=steps)
+    settings = config(lr=1e-3, schedule=schedule, decay=decay, steps=steps, second_moment=second_moment)
     budget = decay_budget(make_model(CONFIGS["llama"], sparse=False), settings, momentum)
     assert budget.distance == pytest.approx(simulated_distance(settings, momentum), rel=0.1)
 
@@ -93,3 +96,9 @@ def test_schedule_warms_up_and_ends_at_zero() -> None:
         assert max(factors) == factors[5] == 1
         assert factors[5:] == sorted(factors[5:], reverse=True)
         assert factors[100] == pytest.approx(0, abs=1e-12)
+
+
+def test_constant_schedule_warms_up_and_stays() -> None:
+    factors = [lr_factor(step, 100, 0.05, "constant") for step in range(101)]
+    assert factors[:6] == sorted(factors[:6])
+    assert set(factors[5:]) == {1.0}

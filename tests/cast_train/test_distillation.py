@@ -23,23 +23,24 @@ def make(dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
     }
 
 
-def naive(inputs: dict[str, Tensor], eta: float) -> DistillationLoss:
+def naive(inputs: dict[str, Tensor], eta: float, temperature: float = 1.0) -> DistillationLoss:
     student = (inputs["hidden"] @ inputs["head"].t())[:, :-1].reshape(-1, VOCAB)
     teacher = (inputs["teacher_hidden"] @ inputs["teacher_head"].t())[:, :-1].reshape(-1, VOCAB)
     targets = inputs["labels"][:, 1:].reshape(-1)
     student, teacher, targets = (t[targets != -100] for t in (student, teacher, targets))
     ce = F.cross_entropy(student, targets)
-    log_student, log_teacher = student.log_softmax(1), teacher.log_softmax(1)
-    kl = (log_teacher.exp() * (log_teacher - log_student)).sum(1).mean()
+    log_student, log_teacher = (student / temperature).log_softmax(1), (teacher / temperature).log_softmax(1)
+    kl = temperature**2 * (log_teacher.exp() * (log_teacher - log_student)).sum(1).mean()
     return DistillationLoss(eta * kl + (1 - eta) * ce, ce, kl)
 
 
 @pytest.mark.parametrize("eta", [0.0, 1 / 3, 1.0])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("chunk_tokens", [1, 4, 1000])
-def test_equals_the_naive_loss(eta: float, chunk_tokens: int) -> None:
+def test_equals_the_naive_loss(eta: float, temperature: float, chunk_tokens: int) -> None:
     ours, reference = make(), make()
-    losses = distillation_loss(**ours, eta=eta, chunk_tokens=chunk_tokens)
-    expected = naive(reference, eta)
+    losses = distillation_loss(**ours, eta=eta, temperature=temperature, chunk_tokens=chunk_tokens)
+    expected = naive(reference, eta, temperature)
     for name in ("loss", "ce", "kl"):
         torch.testing.assert_close(getattr(losses, name), getattr(expected, name))
     (losses.loss * 3).backward()

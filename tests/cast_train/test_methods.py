@@ -1,15 +1,24 @@
 """Every method from `train` to an exact 2:4 directory, and the options they share."""
 
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
-from cast_train.config import CONFIGS, TrainConfig
+from cast_train.adams import AdamS
+from cast_train.config import CONFIGS, CastConfig, TrainConfig
 from cast_train.health import read_metrics
-from cast_train.training import train
+from cast_train.methods import ONE_SHOT, trained_method
+from cast_train.sparse_model import sparsify
+from cast_train.trainer import parameter_groups
 from conversion.errors import InputError
-from tests.cast_train.test_training import assert_exactly_2of4
-from tests.cast_train.tiny import BUDGET, save_model, write_text
+from tests.cast_train import tiny
+from tests.cast_train.test_training import Setting, assert_exactly_2of4, cast, interrupt
+from tests.cast_train.tiny import BUDGET
+from tests.conversion.models import CONFIGS as MODELS
+from tests.conversion.models import make_model
 
 BASELINES = ["srste", "gmp", "ast"]
 
@@ -19,19 +28,17 @@ def config(method: str, **changes: object) -> TrainConfig:
 
 
 @pytest.fixture(scope="module")
-def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("methods")
-    write_text(root / "text.txt")
-    for family in ("llama", "gpt2"):
-        save_model(root / family, family)
-    return root
+def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
+    """GPT-2 has dropout, so that a resumed run needs the random state, and transposed weights."""
+    return Setting(tmp_path_factory.mktemp("methods"), "gpt2")
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("method", BASELINES)
-def test_ends_exactly_2of4_and_the_cut_changes_nothing(method: str, family: str, texts: Path) -> None:
-    out = texts / f"{family}-{method}"
-    summary = train(texts / family, [str(texts / "text.txt")], out, config(method), cache_dir=texts / "cache")
+def test_baselines_end_exactly_2of4_resume_bit_identically_and_lose_nothing_at_the_cut(
+    method: str, setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    summary = setting.train(method, config(method))
+    out = setting.root / method
     assert_exactly_2of4(out)
     assert summary["after_cut"] == summary["before_cut"]
     assert summary["method"] == method
@@ -39,7 +46,75 @@ def test_ends_exactly_2of4_and_the_cut_changes_nothing(method: str, family: str,
     assert metrics[-1]["ce"] < metrics[0]["ce"]
     assert ("pruned" in metrics[0]) == (method == "gmp")
 
+    interrupt(setting, "stopped", config(method), 17, monkeypatch)  # after checkpoint 14, within GMP's fine-tuning
+    setting.train("stopped", config(method), resume=True, overwrite=True)
+    resumed = load_file(setting.root / "stopped" / "model.safetensors")
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in load_file(out / "model.safetensors").items())
+    shutil.rmtree(setting.root / "stopped")
 
-def test_a_setting_of_another_method_is_refused() -> None:
+
+def test_another_method_cannot_continue_a_run(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupt(setting, "other", config("srste"), 8, monkeypatch)
+    with pytest.raises(InputError, match="method was srste, is gmp"):
+        setting.train("other", config("gmp"), resume=True)
+
+
+@pytest.mark.parametrize(
+    "switch",
+    [{"scaling_blocks": 0}, {"schedule": "constant"}, {"decay_norm": "l2"}, {"second_moment": "gradient"}],
+    ids=lambda switch: next(iter(switch)),
+)
+def test_every_ablation_of_cast_trains_to_2of4(switch: dict[str, object], setting: Setting) -> None:
+    name = f"cast-{next(iter(switch))}"
+    summary = setting.train(name, tiny.config(steps=8, **switch), force=True)
+    assert_exactly_2of4(setting.root / name)
+    assert summary["config"].items() >= switch.items()
+    assert ("budget" in summary) == ("decay_norm" not in switch)
+
+
+def test_switches_reach_the_optimizer() -> None:
+    settings = tiny.config(decay_norm="l2", second_moment="gradient", scale_lr=50.0)
+    model = sparsify(make_model(MODELS["llama"], sparse=False), settings)
+    optimizer = trained_method(settings).optimizer(parameter_groups(model, settings))
+    assert isinstance(optimizer, AdamS)
+    assert (optimizer.defaults["decay_norm"], optimizer.defaults["second_moment"]) == ("l2", "gradient")
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    layer = model.model.layers[0]
+    assert rates[id(layer.mlp.up_proj.scale)] == rates[id(layer.input_layernorm.weight)] == 50 * settings.lr
+    assert rates[id(layer.mlp.up_proj.weight)] == rates[id(model.model.embed_tokens.weight)] == settings.lr
+
+
+def test_settings_of_another_method_and_impossible_ones_are_refused() -> None:
     with pytest.raises(InputError, match="gmp has no setting 'decay'"):
         config("gmp", decay=1.0)
+    with pytest.raises(InputError, match="give a number"):
+        tiny.config(decay="auto", decay_norm="l2")
+    with pytest.raises(InputError, match="names no training method"):
+        trained_method(TrainConfig())
+
+
+def test_presets_give_every_method_the_same_budget() -> None:
+    shared = {name: value for name, value in CastConfig.preset("quick") if name in TrainConfig.model_fields}
+    for method in BASELINES:
+        own = dict(CONFIGS[method].preset("quick"))
+        different = {name for name, value in shared.items() if own[name] != value}
+        assert different <= {"mask_interval", "temperature"}
+
+
+@pytest.mark.parametrize("method", ["gmp", "magnitude"])
+def test_command_line(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    llama = Setting(tmp_path, "llama")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    arguments = ["train", str(llama.source), "--data", str(llama.text), "--out", str(tmp_path / "out")]
+    arguments += ["--method", method, "--steps", "3", "--batch-tokens", "64", "--block-length", "16"]
+    cast(monkeypatch, *arguments, "--warm-start", "none")
+    assert_exactly_2of4(tmp_path / "out")
+
+
+def test_help_is_readable(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    cast(monkeypatch, "train", "--help")
+    printed = capsys.readouterr().out
+    for name in (*CONFIGS, *ONE_SHOT):
+        assert name in printed
+    assert all(len(line) <= 100 for line in printed.splitlines())
