@@ -88,30 +88,30 @@ def evaluate(
     return found | {"device": _device_name(device), "versions": versions()}
 
 
-def results_table(results: dict[str, Any]) -> Table:
-    """The results of `evaluate`, a row for each model."""
+def print_results(results: dict[str, Any]) -> None:
+    """Print what `evaluate` returned: a table of the text, a row for each model; one of tasks, a column for each."""
     scores: dict[str, dict[str, Any]] = results["models"]
     first = next(iter(scores.values()))
-    columns = {"perplexity": "perplexity", "kl": "KL to teacher", "top1": "top-1 agreement"}
-    formats = {"perplexity": "{:.2f}", "kl": "{:.4f}", "top1": "{:.2%}"}
-    shown = [name for name in columns if name in first]
-    tasks = list(first["zero_shot"]["tasks"]) if "zero_shot" in first else []
-    title = (
-        f"{results['data']}: {first['tokens']} tokens in windows of {first['context']}" if "data" in results else None
-    )
-    table = Table("model", *(columns[name] for name in shown), *tasks, *(["mean acc"] if tasks else []), title=title)
-    for directory, score in scores.items():
-        row = [directory]
-        row += [formats[name].format(score[name]) for name in shown]
-        if tasks:
-            row += [f"{score['zero_shot']['tasks'][task]['acc']:.2%}" for task in tasks]
-            row.append(f"{score['zero_shot']['mean']:.2%}")
-        table.add_row(*row)
-    return table
+    if "perplexity" in first:
+        title = f"{results['data']}: {first['tokens']:,} tokens in windows of {first['context']}"
+        table = Table("model", "perplexity", title=title)
+        for heading in ("KL to teacher", "same first choice") if "kl" in first else ():
+            table.add_column(heading)
+        for directory, score in scores.items():
+            agreement = [f"{score['kl']:.4f}", f"{score['top1']:.2%}"] if "kl" in score else []
+            table.add_row(directory, f"{score['perplexity']:.2f}", *agreement)
+        Console().print(table)
+    if "zero_shot" in first:
+        table = Table("task", "items", *map(_short, scores), title="zero-shot accuracy")
+        for task, found in first["zero_shot"]["tasks"].items():
+            accuracies = (score["zero_shot"]["tasks"][task]["acc"] for score in scores.values())
+            table.add_row(task, str(found["items"]), *(f"{accuracy:.2%}" for accuracy in accuracies))
+        table.add_row("mean", "", *(f"{score['zero_shot']['mean']:.2%}" for score in scores.values()))
+        Console().print(table)
 
 
-def print_results(results: dict[str, Any]) -> None:
-    Console().print(results_table(results))
+def _short(directory: str) -> str:
+    return Path(directory).resolve().name
 
 
 def write_results(results: dict[str, Any], path: Path) -> None:

@@ -60,22 +60,21 @@ def zero_shot(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks:
     lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8 if model.device.type == "cpu" else 64)
     with _quietly_within(tasks.directory):
         try:
-            loaded = list(manager.load(names)["tasks"].values())
+            loaded = manager.load(names)
         except Exception as error:  # whatever the hub, a reader of files or a task's own code raises
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise InputError(f"the data of {', '.join(names)} could not be loaded ({reason}): see --task-dir") from None
+    for task in loaded["tasks"].values():
+        task.set_config(key="num_fewshot", value=0)
     # bootstrap_iters=0: the standard error of a mean needs no resampling
-    results = lm_eval.simple_evaluate(
-        model=lm, tasks=loaded, task_manager=manager, limit=tasks.limit, bootstrap_iters=0, log_samples=False
-    )
+    results = lm_eval.evaluate(lm=lm, task_dict=loaded, limit=tasks.limit, bootstrap_iters=0, log_samples=False)
     found = {}
-    for task in loaded:
-        values, items = results["results"][task.task_name], results["n-samples"][task.task_name]["effective"]
+    for name in loaded["tasks"]:
+        values, items = results["results"][name], results["n-samples"][name]["effective"]
         if "acc,none" not in values:
-            raise InputError(f"task {task.task_name} has no metric acc: choose another")
+            raise InputError(f"task {name} has no metric acc: choose another")
         acc = values["acc,none"]
-        stderr = math.sqrt(acc * (1 - acc) / (items - 1)) if items > 1 else None
-        found[task.task_name] = {"acc": acc, "stderr": stderr, "items": items}
+        found[name] = {"acc": acc, "stderr": math.sqrt(acc * (1 - acc) / max(1, items - 1)), "items": items}
     return {"mean": sum(task["acc"] for task in found.values()) / len(found), "tasks": found}
 
 
