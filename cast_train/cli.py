@@ -92,6 +92,22 @@ def train(
     log_steps: Annotated[
         int | None, typer.Option(help="Steps between two log lines.", rich_help_panel=_RUNNING)
     ] = None,
+    fsdp: Annotated[
+        bool,
+        typer.Option(
+            "--fsdp",
+            help="Share weights and optimizer state between the devices (FSDP2); start with torchrun.",
+            rich_help_panel=_RUNNING,
+        ),
+    ] = False,
+    gradient_checkpointing: Annotated[
+        bool,
+        typer.Option(
+            "--gradient-checkpointing",
+            help="Compute activations again for the backward pass, to save memory.",
+            rich_help_panel=_RUNNING,
+        ),
+    ] = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue an interrupted run.", rich_help_panel=_RUNNING)
     ] = False,
@@ -138,6 +154,8 @@ def train(
         seed=seed,
         save_steps=save_steps,
         log_steps=log_steps,
+        fsdp=fsdp,
+        gradient_checkpointing=gradient_checkpointing,
     )
     import transformers
 

@@ -70,6 +70,10 @@ class TrainConfig(BaseModel):
     save_steps: int = Field(500, ge=1)
     """Steps between two checkpoints to resume from."""
     log_steps: int = Field(10, ge=1)
+    fsdp: bool = False
+    """Share parameters, gradients and optimizer state between the devices (FSDP2), instead of copying them to all."""
+    gradient_checkpointing: bool = False
+    """Keep only each block's input for the backward pass and compute the rest again: less memory, more time."""
 
     def __init__(self, **values: Any) -> None:
         try:
@@ -114,6 +118,18 @@ class TrainConfig(BaseModel):
     def blocks_per_step(self) -> int:
         """Sequences in one optimizer step."""
         return self.batch_tokens // self.block_length
+
+    def split_step(self, devices: int) -> tuple[int, int]:
+        """Return how many blocks a device runs at once, and how often it does so in one step.
+
+        InputError if a step's blocks cannot be shared evenly by the devices.
+        """
+        blocks, remainder = divmod(self.blocks_per_step, devices)
+        if remainder:
+            raise InputError(f"{self.blocks_per_step} blocks a step cannot be shared by {devices} devices")
+        most = max(1, self.micro_batch_tokens // self.block_length)
+        at_once = next(size for size in range(min(most, blocks), 0, -1) if blocks % size == 0)
+        return at_once, blocks // at_once
 
     @property
     def total_steps(self) -> int:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from cast_train.dtensor import local, sum_of_pieces
 from cast_train.mask import nm_mask
 from conversion.errors import InputError
 
@@ -117,7 +118,7 @@ class MaskedAdam(Optimizer):
 
     @property
     def mask_flips(self) -> int:
-        """Mask bits that the last refresh changed, over all sparse parameters; 0 before the second refresh."""
+        """Mask bits that the last refresh changed, over this rank's rows; 0 before the second refresh."""
         return sum(group["mask_flips"] for group in self.param_groups)
 
     @torch.no_grad()
@@ -128,15 +129,26 @@ class MaskedAdam(Optimizer):
 
     @torch.no_grad()
     def health(self) -> dict[str, float]:
-        """Return mean |masked| and mean |kept| weight, and the mask flips of the last refresh (of this rank's rows)."""
-        masked = kept = count = 0.0
+        """Return mean |masked| and mean |kept| weight, and the mask flips of the last refresh."""
+        masked, kept, flips = self._over_ranks(*self._magnitudes(), self.mask_flips)
+        count = sum(p.numel() for group in self._sparse_groups() for p in group["params"]) / 2
+        return {"masked": masked / count, "kept": kept / count, "mask_flips": flips}
+
+    def _magnitudes(self) -> tuple[Tensor, Tensor]:
+        """Return the sums of |masked| and of |kept| over this rank's rows."""
+        masked, kept = [], []
         for group in self._sparse_groups():
             for p in group["params"]:
-                weight, mask = self._ranked(p), local(self.state[p]["mask"])
-                total = torch.linalg.vector_norm(weight, 1).item()
-                part = torch.linalg.vector_norm(weight * mask.view(torch.uint8), 1).item()
-                masked, kept, count = masked + total - part, kept + part, count + weight.numel() / 2
-        return {"masked": masked / count, "kept": kept / count, "mask_flips": float(self.mask_flips)}
+                weight, mask = self._ranked(p), local(self.state[p]["mask"]).view(torch.uint8)
+                masked.append(torch.linalg.vector_norm(weight * (mask ^ 1), 1))
+                kept.append(torch.linalg.vector_norm(weight * mask, 1))
+        return torch.stack(masked).sum(), torch.stack(kept).sum()
+
+    def _over_ranks(self, *values: Tensor | float) -> list[float]:
+        """Sum what each rank computed from its rows; every rank must ask."""
+        p = next(self._sparse_groups())["params"][0]
+        together = torch.stack([torch.as_tensor(value, dtype=torch.float32, device=p.device) for value in values])
+        return sum_of_pieces(together, p).tolist()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict()` gave. InputError if it was saved under another total_steps."""
@@ -241,9 +253,3 @@ class MaskedAdam(Optimizer):
                 filled += piece[0].numel()
         if filled:
             yield bucket
-
-
-def local(tensor: Tensor) -> Tensor:
-    """Return this rank's shard of a DTensor (FSDP2 shards rows, so groups stay whole), or the tensor itself."""
-    to_local = getattr(tensor, "to_local", None)
-    return tensor if to_local is None else to_local()

@@ -9,7 +9,8 @@ from typing import Any
 
 from conversion.errors import InputError
 
-_FREE = {"config.save_steps", "config.log_steps"}  # settings that do not touch the result
+# settings that do not touch the result
+_FREE = {f"config.{name}" for name in ("save_steps", "log_steps", "fsdp", "gradient_checkpointing")}
 
 
 @dataclass

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import SequentialSampler
@@ -19,13 +21,15 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.training_args import ParallelMode
 
 from cast_train.config import TrainConfig
 from cast_train.distillation import DistillationLoss, distillation_loss
 from cast_train.masked_adam import MaskedAdam
 from cast_train.methods import trained_method
 from cast_train.schedule import lr_factor
-from cast_train.sparse_model import is_transposed, scope
+from cast_train.sharding import asked_for_fsdp, gather, scatter, shard, skeleton
+from cast_train.sparse_model import finalize, is_transposed, scope
 from conversion.errors import InputError
 
 _COMPLETE = "complete"  # a checkpoint without this file was being written when the run was killed
@@ -45,6 +49,13 @@ class CastTrainer(Trainer):
     def __init__(
         self, model: PreTrainedModel, config: TrainConfig, teacher: PreTrainedModel | None = None, **kwargs: Any
     ) -> None:
+        args: TrainingArguments | None = kwargs.get("args")
+        self.skeleton: PreTrainedModel | None = None
+        if args is not None and args.fsdp:
+            self.skeleton = skeleton(model)
+            shard(model, args.device)
+        if config.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
         super().__init__(model=model, **kwargs)
         self.student = model
         self.config = config
@@ -52,7 +63,11 @@ class CastTrainer(Trainer):
         self.teacher: PreTrainedModel | None = None
         if teacher is not None and config.eta > 0:
             teacher.requires_grad_(False).eval()
-            self.teacher = teacher.to(self.args.device).to(torch.bfloat16 if self.bf16 else torch.float32)  # type: ignore[arg-type]
+            self.teacher = teacher.to(torch.bfloat16 if self.bf16 else torch.float32)  # type: ignore[arg-type]
+            if self.skeleton is None:
+                self.teacher.to(self.args.device)  # type: ignore[arg-type]
+            else:  # sharded like the student: whole, a 7 B teacher would take 13.5 GB of every device
+                shard(self.teacher, self.args.device)
         if self.bf16 and self.args.device.type == "cpu" and config.block_length <= 1024:
             # torch's fused attention costs 7 % of a step more than the plain one here (SmolLM2-135M, 2 x 256 tokens)
             for each in (model, self.teacher):
@@ -62,6 +77,15 @@ class CastTrainer(Trainer):
         self.model_accepts_loss_kwargs = False  # the loss is a mean, so Trainer divides by the accumulation steps
         self._sums: dict[str, Tensor] = {}
         self._summed = 0
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        if self.args.fsdp and not self.is_fsdp_enabled:
+            # accelerate shards on accelerators only; FSDP2 runs on CPUs as well
+            state = self.accelerator.state
+            state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
+            state.distributed_type = DistributedType.FSDP
+            self.is_fsdp_enabled = True
 
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
         if self.optimizer is None:
@@ -122,7 +146,7 @@ class CastTrainer(Trainer):
         teacher_hidden = teacher_head = None
         if self.teacher is not None:
             with torch.no_grad():
-                teacher_hidden = self.teacher.base_model(input_ids=ids, use_cache=False).last_hidden_state
+                teacher_hidden = last_hidden_state(self.teacher, ids)
             teacher_head = self.teacher.get_output_embeddings().weight
         return distillation_loss(
             output.hidden_states[-1],
@@ -147,10 +171,35 @@ class CastTrainer(Trainer):
             logs.update(_masked_adam(self.optimizer).health())
         super().log(logs, start_time)
 
+    def finish(self) -> PreTrainedModel | None:
+        """Cut the student to exact 2:4 and return it as a plain model; with FSDP, None in all processes but the first.
+
+        The student itself then computes the same, whether plain or still sharded.
+        """
+        if self.skeleton is None:
+            return finalize(self.student)
+        gather(self.student, self.skeleton)
+        if self.is_world_process_zero():
+            finalize(self.skeleton)
+        scatter(self.skeleton, self.student)
+        return self.skeleton if self.is_world_process_zero() else None
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()  # have written their parts
         if self.args.should_save:
             (Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}" / _COMPLETE).touch()
+
+
+def last_hidden_state(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """Return the hidden states [batch, length, hidden] that lm_head is applied to."""
+    hidden: Tensor
+    if isinstance(model, FSDPModule):  # gathers the parameters of what is called, so that must be all of the model
+        outputs = model(input_ids=ids, output_hidden_states=True, logits_to_keep=1, use_cache=False)
+        hidden = outputs.hidden_states[-1]
+    else:
+        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    return hidden
 
 
 def parameter_groups(model: PreTrainedModel, config: TrainConfig) -> list[dict[str, Any]]:
@@ -200,20 +249,33 @@ def training_arguments(config: TrainConfig, directory: Path) -> TrainingArgument
     Runs on the accelerator if there is one; under torchrun or `accelerate launch`, on all of them.
 
     Raises:
-        InputError: a step's blocks cannot be split evenly over devices and micro-batches.
+        InputError: a step's blocks cannot be shared evenly by the devices, or sharding was asked for without processes.
     """
     use_cpu = not torch.accelerator.is_available()
     args = TrainingArguments(output_dir=str(directory), use_cpu=use_cpu)
-    blocks, remainder = divmod(config.blocks_per_step, args.world_size)
-    if remainder:
-        raise InputError(f"{config.blocks_per_step} blocks a step cannot be shared by {args.world_size} devices")
-    most = max(1, config.micro_batch_tokens // config.block_length)
-    micro = next(size for size in range(min(most, blocks), 0, -1) if blocks % size == 0)
+    micro, accumulation = config.split_step(args.world_size)
+    sharding: dict[str, Any] = {}
+    if config.fsdp or asked_for_fsdp():
+        if args.parallel_mode != ParallelMode.DISTRIBUTED:
+            raise InputError(
+                "sharding needs a process for each device: start with 'torchrun --nproc-per-node N' or 'accelerate "
+                "launch', or leave out --fsdp"
+            )
+        sharding = {
+            "fsdp": True,
+            "fsdp_config": {
+                "version": 2,
+                "state_dict_type": "SHARDED_STATE_DICT",
+                "auto_wrap_policy": "NO_WRAP",  # CastTrainer has wrapped the model
+            },
+            # else each device would hold all gradients, whole, while they are accumulated
+            "accelerator_config": {"gradient_accumulation_kwargs": {"sync_each_batch": True}},
+        }
     return TrainingArguments(
         output_dir=str(directory),
         use_cpu=use_cpu,
         per_device_train_batch_size=micro,
-        gradient_accumulation_steps=blocks // micro,
+        gradient_accumulation_steps=accumulation,
         max_steps=config.total_steps,
         max_grad_norm=config.max_grad_norm,
         logging_steps=config.log_steps,
@@ -225,9 +287,23 @@ def training_arguments(config: TrainConfig, directory: Path) -> TrainingArgument
         remove_unused_columns=False,
         disable_tqdm=True,
         dataloader_pin_memory=not use_cpu,
+        ddp_find_unused_parameters=False,
         report_to="none",
         include_num_input_tokens_seen="no",
+        **sharding,
     )
+
+
+def check_resumable(checkpoint: Path, args: TrainingArguments) -> None:
+    """InputError if a checkpoint was written sharded and is to be continued unsharded, or the other way round.
+
+    The number of devices may change: sharded checkpoints are cut anew when they are read.
+    """
+    sharded = any(checkpoint.glob("pytorch_model_fsdp*"))
+    if sharded and not args.fsdp:
+        raise InputError(f"{checkpoint} was written by a sharded run: continue it under torchrun with --fsdp")
+    if args.fsdp and not sharded:
+        raise InputError(f"{checkpoint} was written by a run that was not sharded: continue it without --fsdp")
 
 
 def last_checkpoint(directory: Path) -> Path | None:

@@ -16,6 +16,7 @@ from rich.console import Console
 from cast_train.budget import decay_budget
 from cast_train.config import CastConfig, TrainConfig
 from cast_train.dataset import TokenBlocks, load_tokens
+from cast_train.dtensor import local, sum_of_pieces, whole
 from cast_train.health import Health, read_metrics
 from cast_train.mask import nm_mask
 from cast_train.oneshot import prune
@@ -24,8 +25,8 @@ from cast_train.plot import plot_metrics
 from cast_train.run import Run, source_hash
 from cast_train.saving import save_model
 from cast_train.self_data import with_samples
-from cast_train.sparse_model import finalize, is_transposed, scope, sparsify
-from cast_train.trainer import CastTrainer, last_checkpoint, training_arguments
+from cast_train.sparse_model import is_transposed, scope, sparsify
+from cast_train.trainer import CastTrainer, check_resumable, last_checkpoint, training_arguments
 from conversion.atomic import check_target, new_directory
 from conversion.checkpoint import Checkpoint
 from conversion.dense_model import context_length, dense_model
@@ -98,11 +99,14 @@ def train(
         calibration = calibration_samples(tokens, config) if config.warm_start != "magnitude" else None
         prune(student, config.warm_start, calibration, shrink=config.shrink)
     student = sparsify(student, config)
+    args = training_arguments(config, run.directory)
+    if checkpoint is not None:
+        check_resumable(checkpoint, args)
     trainer = CastTrainer(
         student,
         config,
         teacher,
-        args=training_arguments(config, run.directory),
+        args=args,
         train_dataset=blocks,
         callbacks=[Health(run.metrics, config.batch_tokens, console)],
     )
@@ -131,7 +135,7 @@ def train(
 
     # Cut, and see what it costs
     before = report_loss(trainer, blocks)
-    finalize(student)
+    finished = trainer.finish()
     after = report_loss(trainer, blocks)
     console.print(f"cross entropy on training text {before['ce']:.4f} before the cut, {after['ce']:.4f} after")
 
@@ -150,8 +154,9 @@ def train(
     }
     trainer.accelerator.wait_for_everyone()  # have read the metrics before they are removed
     if trainer.is_world_process_zero():
+        assert finished is not None
         with new_directory(out, overwrite, directory) as building:
-            save_model(student, tokenizer, directory, building)
+            save_model(finished, tokenizer, directory, building)
             shutil.copy(run.metrics, building)
             plot_metrics(metrics, building / "training.png", f"Training of {directory.name} by {config.method}")
             (building / "training.json").write_text(json.dumps(summary, indent=1) + "\n")
@@ -196,16 +201,17 @@ def measure_momentum(trainer: CastTrainer, blocks: TokenBlocks) -> float:
         with trainer.compute_loss_context_manager():
             loss = trainer.distillation(model, {"input_ids": ids}).loss / len(parts)
         loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+    norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm))
     if not torch.isfinite(norm):
         raise InputError("the gradient of the starting model is not finite, so it cannot be trained")
     squares, count = 0.0, 0
     for _, module in scope(model):
-        weight, grad = module.weight, module.weight.grad
-        assert grad is not None
+        assert module.weight.grad is not None
+        weight, grad = local(module.weight), local(module.weight.grad)
         mask = nm_mask(weight.t()).t() if is_transposed(module) else nm_mask(weight)
-        squares += torch.linalg.vector_norm(grad * ~mask).item() ** 2
-        count += weight.numel() // 2
+        square = torch.linalg.vector_norm(grad * ~mask) ** 2
+        squares += sum_of_pieces(square, module.weight).item()
+        count += module.weight.numel() // 2
     model.zero_grad(set_to_none=True)
     beta1 = config.betas[0]
     return math.sqrt(squares / count * (1 - beta1) / (1 + beta1))

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from cast_train.config import GmpConfig
+from cast_train.dtensor import local
 from cast_train.mask import nm_mask
-from cast_train.masked_adam import MaskedAdam, local
+from cast_train.masked_adam import MaskedAdam
 from cast_train.methods.trained import TrainedMethod
 
 
@@ -27,18 +28,18 @@ class GmpAdam(MaskedAdam):
 
     def health(self) -> dict[str, float]:
         """Return mean |weight| still to be cut and mean |kept|, mask flips, and the part of groups that is cut."""
-        left = total = count = cut = 0.0
-        for group in self._sparse_groups():
-            left += group["left"]
-            for p in group["params"]:
-                total += torch.linalg.vector_norm(local(p), 1).item()
-                count += local(p).numel() / 2
-                cut += (~local(self.state[p]["mask"])).sum().item()
+        groups = list(self._sparse_groups())
+        sparse = [p for group in groups for p in group["params"]]
+        total = torch.stack([torch.linalg.vector_norm(local(p), 1) for p in sparse]).sum()
+        cut = torch.stack([(~local(self.state[p]["mask"])).sum() for p in sparse]).sum()
+        here = (sum(group["left"] for group in groups), total, cut, self.mask_flips)
+        left, magnitude, pruned, flips = self._over_ranks(*here)
+        count = sum(p.numel() for p in sparse) / 2
         return {
             "masked": left / count,
-            "kept": (total - left) / count,
-            "mask_flips": float(self.mask_flips),
-            "pruned": cut / count,
+            "kept": (magnitude - left) / count,
+            "mask_flips": flips,
+            "pruned": pruned / count,
         }
 
     def _ramp_steps(self, group: dict[str, Any]) -> int:

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cast_train.masked_adam import MaskedAdam, local
+from cast_train.dtensor import local
+from cast_train.masked_adam import MaskedAdam
 
 
 class StraightThroughAdam(MaskedAdam):

@@ -1,7 +1,6 @@
 """`cast train` end to end on tiny models: exact 2:4 out, killed and resumed, refusals."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -173,37 +172,6 @@ def test_killed_twice_and_resumed_is_bit_identical(gpt2: Setting, uninterrupted:
     steps = [line["step"] for line in read_metrics(gpt2.root / "killed" / "metrics.jsonl")]
     assert steps == sorted(set(steps))
     assert not (gpt2.root / "killed.run").exists()
-
-
-DISTRIBUTED_RUN = """
-import json, pathlib, sys
-from cast_train.config import CastConfig
-from cast_train.training import train
-source, text, out, cache, settings = sys.argv[1:]
-train(source, [text], out, CastConfig(**json.loads(settings)), cache_dir=pathlib.Path(cache))
-"""
-
-
-@pytest.mark.slow
-def test_two_processes_train_as_one(llama: Setting) -> None:
-    settings = config(log_steps=5)
-    alone = llama.train("alone", settings)
-    script = llama.root / "script.py"
-    script.write_text(DISTRIBUTED_RUN)
-    paths = [str(llama.root / name) for name in ("dense", "text.txt", "together", "cache")]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", str(script)]
-    process = subprocess.run(
-        [*launch, *paths, settings.model_dump_json()],
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert process.returncode == 0, process.stderr
-    together = json.loads((llama.root / "together" / "training.json").read_text())
-    assert together["after_cut"]["loss"] == pytest.approx(alone["after_cut"]["loss"], rel=1e-3)
-    assert [line["step"] for line in read_metrics(llama.root / "together" / "metrics.jsonl")] == [1, 5, 10, 15, 20, 24]
-    assert process.stdout.count("step 24/24") == 1
 
 
 class Stop(Exception):
