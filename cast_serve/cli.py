@@ -8,7 +8,7 @@ import typer
 from conversion.errors import InputError
 
 COMMANDS = "cast.commands"
-ORDER = ["train", "convert", "serve", "bench", "eval", "pipeline", "info"]
+ORDER = ["train", "convert", "serve", "bench", "eval", "pipeline", "info", "scaling-law"]
 
 
 def build_app() -> typer.Typer:

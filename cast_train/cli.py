@@ -1,4 +1,4 @@
-"""`cast train`."""
+"""`cast train`, `cast eval` and `cast scaling-law`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -114,6 +114,21 @@ def train(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace OUT if it exists.", rich_help_panel=_RUNNING)
     ] = False,
+    finetune: Annotated[
+        bool,
+        typer.Option(
+            "--finetune",
+            help="SOURCE is 2:4 already: train it on, its zeros kept exactly; instead of a method.",
+            rich_help_panel=_PRUNING,
+        ),
+    ] = False,
+    lora_rank: Annotated[
+        int | None,
+        typer.Option(
+            help="--finetune: train a low-rank update under the mask, folded in at the end; default: all weights.",
+            rich_help_panel=_PRUNING,
+        ),
+    ] = None,
     force: Annotated[
         bool,
         typer.Option(
@@ -129,11 +144,14 @@ def train(
         cast train HuggingFaceTB/SmolLM2-135M-Instruct --data texts/ --out smollm2-24 --preset quick
     """
     from cast_train.config import CONFIGS, PRESETS, TrainConfig
+    from cast_train.methods.finetune import FinetuneConfig
     from conversion.errors import InputError
 
     if preset not in PRESETS:
         raise InputError(f"there is no preset '{preset}': use one of {', '.join(PRESETS)}")
-    config = CONFIGS.get(method, TrainConfig).preset(
+    if finetune and method != "cast":
+        raise InputError("--finetune keeps the mask that is there: leave --method out")
+    config = (FinetuneConfig if finetune else CONFIGS.get(method, TrainConfig)).preset(
         preset,
         steps=steps,
         tokens=tokens,
@@ -150,6 +168,7 @@ def train(
         scaling_blocks=scaling_blocks,
         decay_norm=decay_norm,
         second_moment=second_moment,
+        lora_rank=lora_rank,
         precision=precision,
         seed=seed,
         save_steps=save_steps,
@@ -163,7 +182,11 @@ def train(
     from cast_train.training import train as train_model
 
     transformers.utils.logging.set_verbosity_error()
-    if method in CONFIGS:
+    if isinstance(config, FinetuneConfig):
+        from cast_train.finetune import finetune as finetune_model
+
+        finetune_model(source, data, out, config, resume=resume, overwrite=overwrite)
+    elif method in CONFIGS:
         train_model(source, data, out, config, resume=resume, force=force, overwrite=overwrite)
     else:
         prune_directory(source, data, out, method, config, overwrite)
@@ -214,3 +237,34 @@ def evaluate(
     print_results(results)
     if json is not None:
         write_results(results, json)
+
+
+def scaling_law(
+    records: Annotated[
+        list[Path],
+        typer.Argument(
+            help="Outputs of 'cast eval --json' on trained models (and the dense ones), or JSON lists of "
+            '{"name", "parameters", "tokens", "perplexity"}; dense models have no tokens.'
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Directory to make: scaling-law.json and scaling-law.png.")],
+    method: Annotated[str, typer.Option(help="Whose runs to fit, where evaluations hold several methods.")] = "cast",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
+) -> None:
+    """Fit loss over model size and training tokens to finished runs, and predict the tokens that match dense.
+
+    L(N, D) = E + A / N^alpha + B / D^beta needs at least 6 runs, of 3 sizes and 3 token counts; runs of one size are
+    fitted by L(D) = E + B / D^beta, which needs 4. Example:
+
+        cast eval dense/ run-*/ --data heldout.jsonl --json quality.json
+
+        cast scaling-law quality.json --out scaling
+    """
+    from cast_train.run_records import read_records
+    from cast_train.scaling_law import fit_scaling_law
+    from cast_train.scaling_report import write_report
+    from conversion.atomic import check_target
+
+    check_target(out, overwrite)
+    found = read_records(records, method)
+    print(write_report(fit_scaling_law(found.runs), found.dense, out, overwrite=overwrite))

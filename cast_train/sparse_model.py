@@ -10,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 from cast_train.config import TrainConfig
 from cast_train.mask import nm_mask
 from cast_train.methods import trained_method
+from cast_train.methods.finetune import fold_low_rank
 from cast_train.scaling import ScaledLinear
 from conversion.errors import InputError
 from conversion.families import family_of, in_scope
@@ -41,18 +42,20 @@ def sparsify(model: PreTrainedModel, config: TrainConfig) -> PreTrainedModel:
     if not layers:
         raise InputError("the model has no linear layer whose input size is a multiple of 8, so nothing can be 2:4")
     trained_method(config).prepare(model, layers)
-    embeddings = [model.get_input_embeddings(), model.get_output_embeddings()]
-    for parameter in (p for module in embeddings if module is not None for p in module.parameters()):
-        parameter.requires_grad_(config.train_embeddings)
+    if not config.train_embeddings:
+        for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+            if module is not None:
+                module.requires_grad_(False)
     return model
 
 
 @torch.no_grad()
 def finalize(model: PreTrainedModel) -> PreTrainedModel:
-    """Cut every layer in scope to exact 2:4, by the mask of its weights as they are now, and fold the scaling in.
+    """Cut every layer in scope to exact 2:4, by the mask of its weights as they are now, and fold in what was attached.
 
     In place; afterwards the model is plain again and computes what it did, but for the masked weights.
     """
+    fold_low_rank(model)
     for name, module in list(scope(model)):
         weight = module.weight
         mask = nm_mask(weight.t()).t() if is_transposed(module) else nm_mask(weight)

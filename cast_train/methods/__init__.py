@@ -10,6 +10,7 @@ from typing import Any
 from cast_train.config import TrainConfig
 from cast_train.methods.ast import Ast
 from cast_train.methods.cast import Cast
+from cast_train.methods.finetune import Finetune
 from cast_train.methods.gmp import Gmp
 from cast_train.methods.magnitude import magnitude
 from cast_train.methods.sparsegpt import sparsegpt
@@ -24,7 +25,13 @@ CALIBRATED = {"wanda": wanda, "sparsegpt": sparsegpt}
 """One-shot methods that see calibration text: (weight [N, K], gram [K, K], shrink) -> weight."""
 ONE_SHOT = {"magnitude": magnitude, **CALIBRATED}
 
-TRAINED: dict[str, type[TrainedMethod[Any]]] = {"cast": Cast, "srste": Srste, "gmp": Gmp, "ast": Ast}
+TRAINED: dict[str, type[TrainedMethod[Any]]] = {
+    "cast": Cast,
+    "srste": Srste,
+    "gmp": Gmp,
+    "ast": Ast,
+    "finetune": Finetune,  # of a model that is 2:4 already; `cast_train.finetune`
+}
 
 
 def trained_method(config: TrainConfig) -> TrainedMethod[Any]:
