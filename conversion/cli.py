@@ -18,6 +18,11 @@ class Quantize(StrEnum):
     fp8 = "fp8"
 
 
+class EmbeddingDtype(StrEnum):
+    int8 = "int8"
+    int4 = "int4"
+
+
 class ValueDtype(StrEnum):
     float32 = "float32"
     bfloat16 = "bfloat16"
@@ -50,6 +55,18 @@ def convert(
             "Default: round to nearest."
         ),
     ] = None,
+    embedding: Annotated[
+        EmbeddingDtype | None,
+        typer.Option(
+            help="Quantize embedding and lm_head of a 2:4 model (onnx only). Default: as the source has them."
+        ),
+    ] = None,
+    float_activations: Annotated[
+        bool,
+        typer.Option(
+            "--float-activations", help="Multiply quantized values by activations not rounded to 8 bits (onnx only)."
+        ),
+    ] = False,
     verify: Annotated[
         bool, typer.Option("--verify", help="Then check the packed result against the source: bits and logits.")
     ] = False,
@@ -65,10 +82,13 @@ def convert(
     int4 --calibration train.jsonl
     """
     from conversion.errors import InputError
+    from conversion.quantization.formats import Quantization
 
     dtype = None if value_dtype is None else value_dtype.value
     if quantize is None and (group_size is not None or calibration):
         raise InputError("--group-size and --calibration are for quantized values: name a format with --quantize")
+    if to is Target.packed and (embedding is not None or float_activations):
+        raise InputError("--embedding and --float-activations are for what the CPU engine runs: add --to onnx")
     if to is Target.onnx:
         if verify:
             raise InputError("--verify checks packed checkpoints: convert with --to packed --verify first")
@@ -76,10 +96,17 @@ def convert(
             raise InputError("--quantize makes packed checkpoints: leave --to onnx out")
         from conversion.onnx import export
 
-        export(source, out, dtype, overwrite=overwrite, show_progress=True)
+        export(
+            source,
+            out,
+            dtype,
+            float_activations=float_activations,
+            embedding=None if embedding is None else Quantization.named(embedding.value),
+            overwrite=overwrite,
+            show_progress=True,
+        )
     else:
         from conversion.pack import save_packed
-        from conversion.quantization.formats import Quantization
 
         quantization = None if quantize is None else Quantization.named(quantize.value, group_size)
         save_packed(

@@ -44,11 +44,11 @@ class OnnxModel:
         self._views: dict[tuple[str, int], ort.OrtValue] = {}
         self._bound: dict[str, int] = {}
         with _loading:
-            before, bytes_before = executed("Sparse24MatMul")
+            before, bytes_before = _sparse_executed()
             self._session = _load(onnx_dir, threads)
             self._bind_caches(onnx_dir, manifest)
             self._warm_up(onnx_dir)
-            after, bytes_after = executed("Sparse24MatMul")
+            after, bytes_after = _sparse_executed()
         if after - before != manifest.sparse_layers:
             raise InputError(
                 f"{onnx_dir}: cast_onnx.json speaks of {manifest.sparse_layers} sparse layers, "
@@ -135,6 +135,12 @@ class OnnxModel:
             self._run(batch=1, tokens=1, rows=1)
         except Exception as error:
             raise InputError(f"{onnx_dir} cannot be executed ({_first_line(error)}): export the model again") from None
+
+
+def _sparse_executed() -> tuple[int, int]:
+    """2:4 layers of this process's sessions that have run, and the bytes of their weights."""
+    nodes, weight_bytes = zip(executed("Sparse24MatMul"), executed("Sparse24MatMulNBits"), strict=True)
+    return sum(nodes), sum(weight_bytes)
 
 
 def _load(onnx_dir: Path, threads: int | None) -> ort.InferenceSession:

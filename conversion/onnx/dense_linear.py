@@ -6,7 +6,7 @@ from onnx_ir.tensor_adapters import TorchTensor
 
 from conversion.onnx.paged_attention import DOMAIN
 
-_EMBEDDING = "model.embed_tokens.weight"
+EMBEDDING = "model.embed_tokens.weight"
 
 
 def use_dense_linear(model: ir.Model, embedding: torch.Tensor, lm_head: torch.Tensor) -> None:
@@ -24,7 +24,7 @@ def use_dense_linear(model: ir.Model, embedding: torch.Tensor, lm_head: torch.Te
     logits = graph.outputs[0]
     head = logits.producer()
     assert head is not None
-    shared = graph.initializers[_EMBEDDING]
+    shared = graph.initializers[EMBEDDING]
     if embedding.dtype == torch.bfloat16:
         _store_as_bfloat16(graph, shared, embedding)
     weight = shared

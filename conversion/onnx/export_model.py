@@ -19,11 +19,14 @@ from conversion.fingerprint import source_fingerprint
 from conversion.onnx.dense_linear import use_dense_linear
 from conversion.onnx.logits_rows import select_logits_rows
 from conversion.onnx.paged_attention import head_dim, use_paged_attention
+from conversion.onnx.quantized_embedding import use_quantized_embedding
+from conversion.onnx.quantized_matmul import use_quantized_matmul
 from conversion.onnx.sparse_matmul import use_sparse_matmul
 from conversion.onnx.stock_graph import stock_graph
 from conversion.packed import PATTERN
 from conversion.packed_checkpoint import PackedCheckpoint, open_checkpoint
 from conversion.progress import byte_progress
+from conversion.quantization.formats import Quantization
 from conversion.tokenizer import load_tokenizer
 
 MODEL = "model.onnx"
@@ -32,6 +35,7 @@ MANIFEST_VERSION = 1
 PAGE = 4096  # large initializers start on a page, so that ONNX Runtime maps them from the file
 
 _VALUE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_QUANTIZED = ("int8", "int4")
 
 
 def export(
@@ -39,6 +43,8 @@ def export(
     out_dir: str | Path,
     value_dtype: str | None = None,
     *,
+    float_activations: bool = False,
+    embedding: Quantization | None = None,
     overwrite: bool = False,
     show_progress: bool = False,
 ) -> None:
@@ -51,8 +57,10 @@ def export(
         source_dir: packed checkpoint, or dense-stored model.
         out_dir: appears complete or not at all.
         value_dtype: "float32" or "bfloat16" for the kept values of a 2:4 model; None keeps bfloat16 as it is and takes
-            float32 for the rest. Must be None or "float32" for a dense model. Quantized values are dequantized, but
-            only if it is named.
+            float32 for the rest. Must be None or "float32" for a dense model. Quantized values stay so, unless it is
+            named: then they are dequantized.
+        float_activations: for quantized values: multiply by activations as they are, not rounded to 8 bits.
+        embedding: quantize embedding and lm_head so, rounding to nearest; None keeps them. For 2:4 models only.
         overwrite: replace an existing `out_dir`.
 
     Raises:
@@ -61,16 +69,26 @@ def export(
     """
     source = open_checkpoint(source_dir)
     sparse = isinstance(source, PackedCheckpoint) or source.first_violation() is None
+    quantized = value_dtype is None and isinstance(source, PackedCheckpoint) and source.quantization is not None
     dtype = _value_dtype(source, sparse, value_dtype)
+    if embedding is not None and not sparse:
+        raise InputError(f"{source.directory} is not 2:4, and a dense model is exported in float32 only")
     with new_directory(Path(out_dir), overwrite, source.directory) as building:
         model = dense_model(source)
         graph = stock_graph(model)
         use_paged_attention(graph, model.config)
         select_logits_rows(graph)
-        panels: list[tuple[str, str]] = []
-        if sparse:
-            panels = use_sparse_matmul(graph, dtype)
-            use_dense_linear(graph, _weight(model.get_input_embeddings()), _weight(model.get_output_embeddings()))
+        panels: list[tuple[str, ...]] = []
+        if quantized:
+            assert isinstance(source, PackedCheckpoint)
+            panels = [(name,) for name in use_quantized_matmul(graph, source, float_activations=float_activations)]
+        elif sparse:
+            panels = [*use_sparse_matmul(graph, _VALUE_DTYPES[dtype])]
+        embeddings = _weight(model.get_input_embeddings()), _weight(model.get_output_embeddings())
+        if embedding is not None:
+            use_quantized_embedding(graph, *embeddings, embedding)
+        elif sparse:
+            use_dense_linear(graph, *embeddings)
         RemoveUnusedNodesPass()(graph)
         _save(graph, building, show_progress)
         _copy_companions(source.directory, building)
@@ -78,22 +96,25 @@ def export(
         (building / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
 
 
-def _value_dtype(source: Checkpoint | PackedCheckpoint, sparse: bool, requested: str | None) -> torch.dtype:
+def _value_dtype(source: Checkpoint | PackedCheckpoint, sparse: bool, requested: str | None) -> str:
     if requested is not None and requested not in _VALUE_DTYPES:
         raise InputError(f"value dtype '{requested}' cannot be exported: use one of {', '.join(_VALUE_DTYPES)}")
     if requested is None and isinstance(source, PackedCheckpoint) and source.quantization is not None:
-        raise InputError(
-            f"{source.directory} holds {source.quantization.values.name} values, which the ONNX engine cannot run yet: "
-            "pass --value-dtype float32 to serve them dequantized, at the size and speed of float32"
-        )
+        name = source.quantization.values.name
+        if name not in _QUANTIZED:
+            raise InputError(
+                f"{source.directory} holds {name} values, for which the CPU has no kernel: pass --value-dtype float32 "
+                "to serve them dequantized, at the size and speed of float32"
+            )
+        return name
     if not sparse and requested not in (None, "float32"):
         raise InputError(
             f"{source.directory} is not 2:4, and a dense model is exported in float32 only: leave --value-dtype out"
         )
     if requested is not None:
-        return _VALUE_DTYPES[requested]
+        return requested
     stored = {source.value_dtype} if isinstance(source, PackedCheckpoint) else _scope_dtypes(source)
-    return torch.bfloat16 if sparse and stored == {torch.bfloat16} else torch.float32
+    return "bfloat16" if sparse and stored == {torch.bfloat16} else "float32"
 
 
 def _scope_dtypes(source: Checkpoint) -> set[torch.dtype]:
@@ -145,8 +166,8 @@ def _manifest(
     source: Checkpoint | PackedCheckpoint,
     model: PreTrainedModel,
     graph: ir.Model,
-    dtype: torch.dtype,
-    panels: list[tuple[str, str]],
+    dtype: str,
+    panels: list[tuple[str, ...]],
 ) -> dict[str, Any]:
     config = model.config
     nbytes = {tensor.name: tensor.nbytes for tensor in _weights(graph)}
@@ -154,7 +175,7 @@ def _manifest(
     return {
         "version": MANIFEST_VERSION,
         "pattern": PATTERN if panels else "dense",
-        "value_dtype": str(dtype).removeprefix("torch."),
+        "value_dtype": dtype,
         "sparse_layers": len(panels),
         "weight_bytes": sum(nbytes.values()),
         "sparse_weight_bytes": sum(nbytes[name] for pair in panels for name in pair),

@@ -27,17 +27,14 @@ def use_sparse_matmul(model: ir.Model, value_dtype: torch.dtype) -> list[tuple[s
     """
     graph = model.graph
     replaced = []
-    for node in [node for node in graph if node.op_type == "MatMul"]:
-        weight = _block_weight(node)
-        columns, rows = (0, 0) if weight is None else weight.shape.numpy()
-        if weight is None or columns % 8:
-            continue
+    for node, weight in block_weights(graph):
+        columns, rows = weight.shape.numpy()
         panels = _Panels(weight, value_dtype)
         values, indices = panels.initializers()
         graph.register_initializer(values)
         graph.register_initializer(indices)
         replaced.append((str(values.name), str(indices.name)))
-        last, bias = _following_bias(node)
+        last, bias = following_bias(node)
         sparse = ir.node(
             "Sparse24MatMul",
             [node.inputs[0], values, indices, bias],
@@ -50,14 +47,18 @@ def use_sparse_matmul(model: ir.Model, value_dtype: torch.dtype) -> list[tuple[s
     return replaced
 
 
-def _block_weight(matmul: ir.Node) -> ir.TensorProtocol | None:
-    """The weight [K, N] of a MatMul inside the blocks; None for any other MatMul."""
-    value = matmul.inputs[1]
-    tensor = None if value is None else value.const_value
-    return tensor if tensor is not None and (tensor.name or "").startswith(_BLOCKS) else None
+def block_weights(graph: ir.Graph) -> list[tuple[ir.Node, ir.TensorProtocol]]:
+    """Every MatMul inside the blocks whose input size is a multiple of 8, with its weight [K, N]."""
+    found = []
+    for node in graph:
+        value = node.inputs[1] if node.op_type == "MatMul" else None
+        weight = None if value is None else value.const_value
+        if weight is not None and (weight.name or "").startswith(_BLOCKS) and weight.shape.numpy()[0] % 8 == 0:
+            found.append((node, weight))
+    return found
 
 
-def _following_bias(matmul: ir.Node) -> tuple[ir.Node, ir.Value | None]:
+def following_bias(matmul: ir.Node) -> tuple[ir.Node, ir.Value | None]:
     """The Add of a bias vector that alone consumes a MatMul, with the bias; else the MatMul itself and None."""
     uses = list(matmul.outputs[0].uses())
     if len(uses) == 1 and uses[0].node.op_type == "Add":
@@ -84,8 +85,8 @@ class _Panels:
         value_type = ir.DataType.FLOAT if self._dtype == torch.float32 else ir.DataType.BFLOAT16
         base = str(self._weight.name).removesuffix("MatMul.weight")
         return (
-            _lazy(f"{base}values", value_type, layout, self._values),
-            _lazy(f"{base}indices", ir.DataType.UINT32, [panels, words, ROWS], self._indices),
+            lazy(f"{base}values", value_type, layout, self._values),
+            lazy(f"{base}indices", ir.DataType.UINT32, [panels, words, ROWS], self._indices),
         )
 
     def _pack(self) -> tuple[Tensor, Tensor]:
@@ -101,6 +102,7 @@ class _Panels:
         return ir.tensor(indices.numpy())
 
 
-def _lazy(name: str, dtype: ir.DataType, shape: list[int], make: Callable[[], ir.TensorProtocol]) -> ir.Value:
+def lazy(name: str, dtype: ir.DataType, shape: list[int], make: Callable[[], ir.TensorProtocol]) -> ir.Value:
+    """A graph value whose tensor is made when the graph is saved."""
     tensor = ir.LazyTensor(make, dtype=dtype, shape=ir.Shape(shape), name=name)
     return ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape), const_value=tensor)

@@ -13,9 +13,12 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, OPTConfi
 
 from cast_serve.kernels import library_path
 from conversion import save_packed
+from conversion.dense_model import dense_model
 from conversion.errors import InputError
 from conversion.fingerprint import source_fingerprint
 from conversion.onnx import export
+from conversion.packed_checkpoint import open_checkpoint
+from conversion.quantization.formats import FP8, INT4, INT8, Quantization
 from tests.conversion.models import CONFIGS, make_model
 from tests.conversion.reference_ops import evaluator
 
@@ -125,6 +128,39 @@ def test_logits_equal_transformers(name, sparse, runner, tmp_path):
     assert "GroupQueryAttention" not in ops
     assert "attention_mask" not in manifest["inputs"]
     assert ("position_ids" in manifest["inputs"]) == (name in ("gpt2", "opt"))
+
+
+@pytest.mark.parametrize("quantization", [Quantization(INT8, None), Quantization(INT4, 32)], ids=["int8", "int4"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_quantized_values_are_served_as_they_are(name, quantization, tmp_path):
+    source = save(make_model(CONFIGS[name], sparse=True), tmp_path / "model")
+    save_packed(source, tmp_path / "packed", quantization=quantization)
+    model = dense_model(open_checkpoint(tmp_path / "packed"), torch.float32)
+    export(tmp_path / "packed", tmp_path / "exact", float_activations=True)
+    assert_same_logits(tmp_path / "exact", onnxruntime, model)
+
+    export(tmp_path / "packed", tmp_path / "rounded", embedding=Quantization(INT8, None))
+    rounded = np.concatenate(run_steps(tmp_path / "rounded", onnxruntime(tmp_path / "rounded")))
+    expected = np.concatenate(expected_logits(model))
+    assert np.linalg.norm(rounded - expected) < 0.05 * np.linalg.norm(expected)
+    ops = [node.op_type for node in onnx.load(tmp_path / "rounded" / "model.onnx").graph.node]
+    manifest = manifest_of(tmp_path / "rounded")
+    assert manifest["sparse_layers"] == ops.count("Sparse24MatMulNBits") == (8 if name in ("gpt2", "opt") else 10)
+    assert manifest["value_dtype"] == quantization.values.name
+    assert ops.count("DenseNBits") == ops.count("EmbeddingNBits") == 1
+    assert "MatMul" not in ops
+    held = {tensor.name for tensor in initializers(tmp_path / "rounded").values() if len(tensor.dims) == 2}
+    tied = model.config.tie_word_embeddings
+    assert ("lm_head.panels" in held) == (not tied)
+    assert "model.embed_tokens.weight" not in held
+
+
+def test_eight_bit_floats_have_no_kernel(sparse_llama, tmp_path):
+    save_packed(sparse_llama, tmp_path / "packed", quantization=Quantization(FP8, None))
+    with pytest.raises(InputError, match="float8_e4m3fn values, for which the CPU has no kernel"):
+        export(tmp_path / "packed", tmp_path / "onnx")
+    export(tmp_path / "packed", tmp_path / "onnx", "float32")
+    assert_same_logits(tmp_path / "onnx", onnxruntime, dense_model(open_checkpoint(tmp_path / "packed"), torch.float32))
 
 
 def test_only_the_wanted_rows_have_logits(sparse_llama, tmp_path):

@@ -374,11 +374,9 @@ def test_a_model_that_is_not_sparse_or_has_no_tokenizer_is_refused(source, tmp_p
         save_packed(tmp_path / "mute", tmp_path / "out", quantization=Quantization(INT8, None), calibration=calibration)
 
 
-def test_onnx_export_asks_before_it_dequantizes(packed, tmp_path):
+def test_onnx_export_dequantizes_on_demand(packed, tmp_path):
     from conversion.onnx import export
 
-    with pytest.raises(InputError, match=r"int4 values.*--value-dtype float32"):
-        export(packed, tmp_path / "onnx")
     export(packed, tmp_path / "onnx", "float32")
     manifest = json.loads((tmp_path / "onnx" / "cast_onnx.json").read_text())
     assert (manifest["pattern"], manifest["value_dtype"]) == ("2:4", "float32")

@@ -1,0 +1,127 @@
+"""Rewrite 3, quantized: MatMul with a packed weight -> cast24::Sparse24MatMulNBits with panels."""
+
+import re
+
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from conversion.errors import InputError
+from conversion.onnx.paged_attention import DOMAIN
+from conversion.onnx.sparse_matmul import block_weights, following_bias, lazy
+from conversion.packed_checkpoint import PackedCheckpoint
+from conversion.quantization.formats import Quantization, dequantize
+from conversion.quantized_panel import panel_group, to_quantized_panels
+
+# The builder's names of a block's linears -> the checkpoint's, whose rows follow one another.
+_LLAMA = {
+    "attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "attn.q_proj": ("self_attn.q_proj",),
+    "attn.k_proj": ("self_attn.k_proj",),
+    "attn.v_proj": ("self_attn.v_proj",),
+    "attn.o_proj": ("self_attn.o_proj",),
+    "mlp.gate_proj": ("mlp.gate_proj",),
+    "mlp.up_proj": ("mlp.up_proj",),
+    "mlp.down_proj": ("mlp.down_proj",),
+}
+_SOURCES: dict[str, dict[str, tuple[str, ...]]] = {
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), _LLAMA),
+    "gpt2": {
+        "attn.qkv_proj": ("attn.c_attn",),
+        "attn.o_proj": ("attn.c_proj",),
+        "mlp.fc1": ("mlp.c_fc",),
+        "mlp.fc2": ("mlp.c_proj",),
+    },
+    "opt": {
+        "attn.qkv_proj": _LLAMA["attn.qkv_proj"],
+        "attn.o_proj": ("self_attn.out_proj",),
+        "mlp.fc1": ("fc1",),
+        "mlp.fc2": ("fc2",),
+    },
+}
+
+
+def use_quantized_matmul(model: ir.Model, source: PackedCheckpoint, *, float_activations: bool) -> list[str]:
+    """Replace the MatMul of every packed linear, in place; return the names of the panels' initializers.
+
+    Args:
+        model: a graph whose in-scope weights [K, N] are those of `source`, dequantized.
+        source: a checkpoint of int8 or int4 values.
+        float_activations: multiply by activations as they are, instead of rounded to 8 bits.
+    """
+    graph = model.graph
+    layers = {_place(layer): layer for layer in source.sparse_layers}
+    names = []
+    for node, weight in block_weights(graph):
+        block, role = _split(str(weight.name))
+        sources = [layers[block, part] for part in _SOURCES[source.config["model_type"]][role]]
+        panels = _Panels(weight, source, sources)
+        value = panels.initializer()
+        graph.register_initializer(value)
+        names.append(str(value.name))
+        last, bias = following_bias(node)
+        attributes = {**panels.attributes(), "float_activations": int(float_activations)}
+        sparse = ir.node(
+            "Sparse24MatMulNBits",
+            [node.inputs[0], value, bias],
+            attributes,
+            domain=DOMAIN,
+            name=str(node.name).replace("MatMul", "Sparse24MatMulNBits"),
+        )
+        old = [node] if last is node else [last, node]
+        ir.convenience.replace_nodes_and_values(graph, last, old, [sparse], [last.outputs[0]], [sparse.outputs[0]])
+    return names
+
+
+def _place(layer: str) -> tuple[int, str]:
+    """'model.layers.3.self_attn.q_proj' -> (3, 'self_attn.q_proj'), for every family's prefix."""
+    match = re.fullmatch(r"(?:\w+\.)*?(?:layers|h)\.(\d+)\.(.+)", layer)
+    assert match is not None
+    return int(match[1]), match[2]
+
+
+def _split(weight: str) -> tuple[int, str]:
+    """'model.layers.3.attn.qkv_proj.MatMul.weight' -> (3, 'attn.qkv_proj')."""
+    return _place(weight.removesuffix(".MatMul.weight"))
+
+
+class _Panels:
+    """Reads a fused linear's packed parts when its panels are asked for."""
+
+    def __init__(self, weight: ir.TensorProtocol, source: PackedCheckpoint, layers: list[str]) -> None:
+        assert source.quantization is not None
+        self._weight = weight
+        self._source = source
+        self._layers = layers
+        self._quantization: Quantization = source.quantization
+        self.columns, self.rows = weight.shape.numpy()
+
+    def attributes(self) -> dict[str, int]:
+        bits, group = self._quantization.values.bits, panel_group(self._quantization)
+        return {"N": self.rows, "K": self.columns, "bits": bits, "group_size": group}
+
+    def initializer(self) -> ir.Value:
+        """A graph value of the panels, still to be made."""
+        shape = list(to_quantized_panels(*self._empty(), self._quantization).shape)
+        shape[0] = -(-self.rows // 16)
+        return lazy(
+            f"{str(self._weight.name).removesuffix('MatMul.weight')}panels", ir.DataType.UINT8, shape, self._make
+        )
+
+    def _empty(self) -> tuple[Tensor, Tensor, Tensor]:
+        """One row of this linear, to know how long a panel is."""
+        stored = torch.zeros(self._quantization.stored_shape(1, self.columns), dtype=self._quantization.values.dtype)
+        bitmask = torch.full((1, self.columns // 8), 0x33, dtype=torch.uint8)
+        return stored, bitmask, torch.ones(1, self._quantization.groups(self.columns))
+
+    def _make(self) -> ir.TensorProtocol:
+        parts = [(*self._source.packed(layer), self._source.scale(layer)) for layer in self._layers]
+        stored, bitmask, scale = (torch.cat([part[i] for part in parts]) for i in range(3))  # type: ignore[misc]
+        if not torch.equal(
+            dequantize(stored, bitmask, scale, self._quantization), torch.from_numpy(self._weight.numpy()).T
+        ):
+            raise InputError(
+                f"the graph's {self._weight.name} is not {' + '.join(self._layers)}: this architecture cannot be "
+                "exported with quantized values"
+            )
+        return ir.tensor(to_quantized_panels(stored, bitmask, scale, self._quantization).numpy())
