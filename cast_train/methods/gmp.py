@@ -56,11 +56,12 @@ class GmpAdam(MaskedAdam):
             torch._foreach_mul_(params, [mask.view(torch.uint8) for mask in masks])
 
     def _refresh(self, group: dict[str, Any]) -> None:
-        group["left"] = 0.0
+        self._left: list[Tensor] = []
         super()._refresh(group)
+        group["left"] = torch.stack(self._left).sum().item()
 
     def _new_mask(self, p: Tensor, group: dict[str, Any]) -> Tensor:
-        """Cut as many groups of each row as are due; add to `left` the magnitude of what is still to be cut."""
+        """Cut as many groups of each row as are due; note the magnitude of what is still to be cut."""
         weight = local(p)
         mask = local(self.state[p]["mask"]) if "mask" in self.state[p] else torch.ones_like(weight, dtype=torch.bool)
         if group["transposed"]:
@@ -72,7 +73,7 @@ class GmpAdam(MaskedAdam):
         loss[was_cut] = -1.0  # first in the order: they count as due
         due = int(self.pruned_part(group["step"], group) * loss.shape[1])
         is_cut = was_cut.scatter(1, loss.argsort(dim=1, stable=True)[:, :due], True)
-        group["left"] += loss[~is_cut].sum().item()
+        self._left.append((loss * ~is_cut).sum())
         new = torch.where((is_cut & ~was_cut)[..., None], two_of_four, old).flatten(1)
         return new.t().contiguous() if group["transposed"] else new
 
