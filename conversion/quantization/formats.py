@@ -100,10 +100,6 @@ class Quantization:
         """Shape of weight_values of a dense shape [N, K]."""
         return rows, columns // 2 * self.values.bits // 8
 
-    def bits_per_weight(self, rows: int, columns: int) -> float:
-        """Bits that values, bitmask and float32 scales take per dense weight of a 2:4 weight [N, K]."""
-        return 0.5 * self.values.bits + 1 + 32 * self.groups(columns) / columns
-
 
 def encode(codes: Tensor, value_format: ValueFormat) -> Tensor:
     """Codes [N, K/2], any dtype -> the tensor that is stored.

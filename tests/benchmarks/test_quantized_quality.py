@@ -1,0 +1,45 @@
+"""The comparison of quantized models, whole, on tiny ones."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import quantized_quality
+from conversion.errors import InputError
+from conversion.quantization.formats import INT4, INT8, Quantization
+from tests.cast_train.tiny import save_model, tokenizer, write_text
+from tests.conversion.models import CONFIGS, make_model
+
+
+def test_the_table_the_json_and_the_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_model(tmp_path / "dense")
+    make_model(CONFIGS["llama"], sparse=True).save_pretrained(tmp_path / "sparse")
+    tokenizer().save_pretrained(tmp_path / "sparse")
+    write_text(tmp_path / "text.txt")
+    formats = [Quantization(INT8, None), Quantization(INT4, 32), Quantization(quantized_quality.INT3, 32)]
+    monkeypatch.setattr(quantized_quality, "DENSE", formats)
+    monkeypatch.setattr(quantized_quality, "SPARSE", formats[:2])
+    text = tmp_path / "text.txt"
+    quantized_quality.main(tmp_path / "dense", tmp_path / "sparse", text, text, tmp_path / "out", 512, 512, 64)
+    results = json.loads((tmp_path / "out" / "quantized.json").read_text())["results"]
+    assert len(results) == 1 + 6 + 1 + 4
+    bits = {(r["model"], r["values"]): r["bits"] for r in results}
+    # K is 32 in all linears but down_proj, where it is 56: two groups of 32
+    scales = 32 * sum([32, 16, 16, 32, 56, 56, 2 * 32]) / sum([32 * 32, 16 * 32, 16 * 32, 32 * 32, 3 * 56 * 32])
+    assert bits["dense", "float32"] == 32
+    assert bits["2:4", "float32"] == 17
+    assert bits["dense", "int4"] == pytest.approx(4 + scales)
+    assert bits["2:4", "int4"] == pytest.approx(3 + scales)
+    perplexity = {(r["model"], r["values"], r["rounding"]): r["perplexity"] for r in results}
+    assert perplexity["2:4", "int8", "calibrated"] == pytest.approx(perplexity["2:4", "float32", "none"], rel=0.05)
+    assert "- 2:4 int8:" in (tmp_path / "out" / "quantized.md").read_text()
+    assert (tmp_path / "out" / "quantized.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_dense_model_in_place_of_the_sparse_one_is_refused(tmp_path: Path) -> None:
+    save_model(tmp_path / "dense")
+    with pytest.raises(InputError, match="is not 2:4: tensor"):
+        quantized_quality.main(
+            tmp_path / "dense", tmp_path / "dense", tmp_path / "t", tmp_path / "t", tmp_path / "o", 64, 64, 64
+        )
