@@ -8,18 +8,19 @@ import typer
 _PRUNING = "Pruning"
 _BUDGET = "Budget"
 _RUNNING = "Running"
+_PLANNING = "Planning"
 
 
 def train(
     source: Annotated[str, typer.Argument(help="Dense model: a Hugging Face directory, or a hub id.")],
     data: Annotated[
-        list[str],
+        list[str] | None,
         typer.Option(
             help="Training text: .txt, .jsonl or .parquet file, directory of them, or hub dataset id; 'self' samples "
             "from the dense model as many tokens as are trained, self:COUNT so many. May be repeated."
         ),
-    ],
-    out: Annotated[Path, typer.Option(help="Directory to make for the 2:4 model.")],
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Directory to make for the 2:4 model.")] = None,
     method: Annotated[
         str,
         typer.Option(help="Trained: cast, srste, gmp or ast. Without training: magnitude, wanda or sparsegpt."),
@@ -108,6 +109,31 @@ def train(
             rich_help_panel=_RUNNING,
         ),
     ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Only say what the run needs: memory of each GPU, tokens/s, hours. Takes config.json alone.",
+            rich_help_panel=_PLANNING,
+        ),
+    ] = False,
+    gpus: Annotated[int, typer.Option(help="--dry-run: number of GPUs.", rich_help_panel=_PLANNING, min=1)] = 1,
+    gpu: Annotated[
+        str | None,
+        typer.Option(
+            help="--dry-run: a100-40gb, a100, h100-pcie, h100 or h200; default: speed measured here.",
+            rich_help_panel=_PLANNING,
+        ),
+    ] = None,
+    mfu: Annotated[
+        float | None,
+        typer.Option(
+            help="--dry-run: part of the GPU's peak speed that training reaches.",
+            rich_help_panel=_PLANNING,
+            min=0.01,
+            max=1,
+        ),
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue an interrupted run.", rich_help_panel=_RUNNING)
     ] = False,
@@ -176,6 +202,15 @@ def train(
         fsdp=fsdp,
         gradient_checkpointing=gradient_checkpointing,
     )
+    if dry_run:
+        from rich.console import Console
+
+        from cast_train.plan import make_plan, print_plan
+
+        print_plan(make_plan(Path(source), config, gpus=gpus, gpu=gpu, mfu=mfu), Console(highlight=False))
+        return
+    if not data or out is None:
+        raise InputError("say what to train on and where to save the result: give --data and --out")
     import transformers
 
     from cast_train.oneshot.directory import prune_directory

@@ -11,7 +11,7 @@ IGNORE_INDEX = -100
 
 # Logits in one chunk: on a CPU just below 32 MiB of float32, above which glibc faults in fresh pages each time.
 _CPU_LOGITS = 6 << 20
-_ACCELERATOR_LOGITS = 1 << 27
+ACCELERATOR_LOGITS = 1 << 27
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def distillation_loss(
     targets = labels[:, 1:][predicting]
     teacher_rows = None if teacher_hidden is None else teacher_hidden[:, :-1][predicting].detach()
     if chunk_tokens is None:
-        chunk_tokens = max(16, (_CPU_LOGITS if hidden.device.type == "cpu" else _ACCELERATOR_LOGITS) // head.shape[0])
+        chunk_tokens = max(16, (_CPU_LOGITS if hidden.device.type == "cpu" else ACCELERATOR_LOGITS) // head.shape[0])
     loss, ce, kl = _ChunkedLoss.apply(
         rows,
         head,
