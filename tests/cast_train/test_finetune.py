@@ -1,14 +1,18 @@
 """`cast train --finetune`: the saved zeros are the input's, full and low-rank, resumed, and what is refused."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import typer
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn.utils import parametrize
+from typer.testing import CliRunner
 
+from cast_train.cli import train
 from cast_train.finetune import finetune
 from cast_train.health import read_metrics
 from cast_train.methods.finetune import FinetuneConfig, FixedMaskAdam, MaskedLowRank
@@ -123,3 +127,20 @@ def test_settings_that_make_no_sense_are_refused() -> None:
     with pytest.raises(InputError, match="low-rank updates are not sharded"):
         config(lora_rank=2, fsdp=True)
     assert FinetuneConfig.preset("quick").eta == 0
+
+
+def test_the_command_finetunes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    source = sparse_model(tmp_path / "sparse")
+    text = write_text(tmp_path / "text.txt")
+    app = typer.Typer()
+    app.command()(train)
+    arguments = [str(source), "--data", str(text), "--out", str(tmp_path / "out"), "--finetune"]
+    budget = ["--steps", "2", "--batch-tokens", "64", "--block-length", "32", "--precision", "fp32"]
+    refused = CliRunner().invoke(app, [*arguments, "--method", "gmp", *budget])
+    assert "leave --method out" in str(refused.exception)
+    result = CliRunner().invoke(app, [*arguments, "--lora-rank", "2", *budget])
+    assert result.exit_code == 0, result.exception
+    summary = json.loads((tmp_path / "out" / "training.json").read_text())
+    assert summary["method"] == "finetune"
+    assert summary["config"]["lora_rank"] == 2
