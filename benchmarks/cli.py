@@ -18,8 +18,13 @@ def bench(
         "bench"
     ),
     concurrency: Annotated[str, typer.Option(help="Numbers of concurrent requests to try.")] = "1,4,8",
-    prompt_tokens: Annotated[int, typer.Option(min=1, help="Length of every prompt.")] = 128,
-    output_tokens: Annotated[int, typer.Option(min=2, help="Length of every answer.")] = 64,
+    prompt_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="Length of every prompt; default: 128, or two thirds of a shorter context."),
+    ] = None,
+    output_tokens: Annotated[
+        int | None, typer.Option(min=2, help="Length of every answer; default: 64, or a third of a shorter context.")
+    ] = None,
     requests: Annotated[
         int, typer.Option(min=1, help="Requests of each concurrent user in a round, and at least 4 in all.")
     ] = 2,
@@ -55,16 +60,19 @@ def bench(
     from benchmarks.report.render import write_report
     from benchmarks.report.summary import summary_table
     from cast_serve.server.model_dir import find_onnx_dir
+    from conversion.model_config import context_length, read_config
 
     _stop_on_sigterm()
     for directory in (dense, sparse):
         if not directory.is_dir():
             raise InputError(f"there is no directory {directory}: give a model directory")
+    concurrencies = _concurrencies(concurrency)
     evaluated = Quality.read(quality) if quality else None
+    context = context_length(read_config(dense)) or sys.maxsize
     settings = Settings(
-        concurrencies=_concurrencies(concurrency),
-        prompt_tokens=prompt_tokens,
-        output_tokens=output_tokens,
+        concurrencies=concurrencies,
+        prompt_tokens=prompt_tokens or min(128, 2 * context // 3),
+        output_tokens=output_tokens or min(64, context // 3),
         requests_per_user=requests,
         rounds=rounds,
         threads=threads,

@@ -21,3 +21,9 @@ def read_config(directory: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or "model_type" not in config:
         raise InputError(f"{path} names no model_type: give the path of a model directory")
     return config
+
+
+def context_length(config: dict[str, Any]) -> int | None:
+    """The most tokens that the positions of a config.json reach; None where it leaves that to its model's default."""
+    context: int | None = config.get("max_position_embeddings", config.get("n_positions"))
+    return context

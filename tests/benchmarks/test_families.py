@@ -22,10 +22,7 @@ from tests.conversion.models import CONFIGS, make_model
 LESS = {
     "train": ["--steps", "4"],
     "eval": ["--tokens", "512"],
-    "bench": [
-        *("--concurrency", "2", "--prompt-tokens", "8", "--output-tokens", "4", "--requests", "1"),
-        *("--rounds", "1"),
-    ],
+    "bench": ["--concurrency", "2", "--requests", "1", "--rounds", "1"],
 }
 
 AWKWARD = copy.deepcopy(CONFIGS["llama"])  # only o_proj has an input size (4 heads of 8) that is a multiple of 8
@@ -98,6 +95,7 @@ def test_dense_model_in_measured_sparse_endpoint_out(
     served = measured.models["sparse"]
     assert (served.pattern, served.sparse_layers) == ("2:4", sparse_layers)
     assert measured.models["dense"].sparse_layers == 0
+    assert (measured.settings.prompt_tokens, measured.settings.output_tokens) == (42, 21)  # of 64
     assert served.sparse_weight_bytes >= sum(w.numel() // 2 * 4 + w.numel() // 8 for w in packable)
     assert all(
         sample.error is None for round_ in measured.rounds for level in round_.levels for sample in level.samples
