@@ -261,8 +261,10 @@ def test_a_failing_step_fails_its_requests_and_no_others(onnx_dir: Path, monkeyp
         engine.close()
 
 
-def test_closing_ends_every_stream(onnx_dir: Path) -> None:
+def test_closing_ends_every_stream(onnx_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Engine(onnx_dir, max_batch_size=1)
+    run = engine._model.run
+    monkeypatch.setattr(engine._model, "run", lambda chunks: (time.sleep(0.01), run(chunks))[1])  # still busy at close
     generations = [engine.submit(prompt(5, seed), replace(GREEDY, max_tokens=250)) for seed in range(3)]
     failures: list[str] = []
 

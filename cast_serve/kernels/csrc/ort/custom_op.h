@@ -14,6 +14,7 @@
 
 #include "../cast24.h"
 #include "ort_api.h"
+#include "resident_weights.h"
 
 namespace cast24 {
 
@@ -57,9 +58,38 @@ inline void require_type(const char* name, const Tensor& tensor, OrtElementType 
                                        " of ONNX, expected " + std::to_string(expected));
 }
 
+// The tensor that a value holds.
+inline Tensor tensor_of(const OrtApi& api, const OrtValue* value) {
+  Tensor tensor;
+  OrtTensorShape* info = nullptr;
+  check(api, api.GetTensorTypeAndShape(value, &info), "cannot read the shape of an input");
+  int type = 0;
+  size_t rank = 0;
+  OrtStatus* status = api.GetTensorElementType(info, &type);
+  if (status == nullptr) status = api.GetDimensionsCount(info, &rank);
+  tensor.shape.resize(rank);
+  if (status == nullptr) status = api.GetDimensions(info, tensor.shape.data(), rank);
+  api.ReleaseTensorTypeAndShapeInfo(info);
+  check(api, status, "cannot read the shape of an input");
+  tensor.type = static_cast<OrtElementType>(type);
+  check(api, api.GetTensorMutableData(const_cast<OrtValue*>(value), &tensor.data), "cannot read an input");
+  return tensor;
+}
+
+// What is known of a node before it runs: its attributes and its constant inputs.
 class Attributes {
  public:
   Attributes(const OrtApi& api, const OrtKernelInfo* info) : api_(api), info_(info) {}
+
+  // A copy of input `index` on huge pages if it is a constant; else none.
+  ResidentWeights resident(size_t index) const {
+    int constant = 0;
+    const OrtValue* value = nullptr;
+    check(api_, api_.KernelInfoGetConstantInput_tensor(info_, index, &constant, &value), "cannot read a constant input");
+    if (!constant) return {};
+    const Tensor tensor = tensor_of(api_, value);
+    return ResidentWeights(tensor.data, tensor.size() * element_bytes(tensor.type));
+  }
 
   int64_t integer(const char* name) const {
     int64_t value = 0;
@@ -74,6 +104,12 @@ class Attributes {
   }
 
  private:
+  static size_t element_bytes(OrtElementType type) {
+    if (type == kUint8) return 1;
+    if (type == kBFloat16) return 2;
+    require(type == kFloat || type == kUint32, "a weight has element type " + std::to_string(type) + " of ONNX");
+    return 4;
+  }
   void present(OrtStatus* status) const {
     if (status != nullptr) api_.ReleaseStatus(status);
   }
@@ -91,24 +127,10 @@ class Context {
 
   // An input that is absent or left out is an empty Tensor.
   Tensor input(size_t index) const {
-    Tensor tensor;
     const OrtValue* value = nullptr;
-    if (index >= inputs_) return tensor;
+    if (index >= inputs_) return {};
     check(api_, api_.KernelContext_GetInput(context_, index, &value), "cannot read an input");
-    if (value == nullptr) return tensor;
-    OrtTensorShape* info = nullptr;
-    check(api_, api_.GetTensorTypeAndShape(value, &info), "cannot read the shape of an input");
-    int type = 0;
-    size_t rank = 0;
-    OrtStatus* status = api_.GetTensorElementType(info, &type);
-    if (status == nullptr) status = api_.GetDimensionsCount(info, &rank);
-    tensor.shape.resize(rank);
-    if (status == nullptr) status = api_.GetDimensions(info, tensor.shape.data(), rank);
-    api_.ReleaseTensorTypeAndShapeInfo(info);
-    check(api_, status, "cannot read the shape of an input");
-    tensor.type = static_cast<OrtElementType>(type);
-    check(api_, api_.GetTensorMutableData(const_cast<OrtValue*>(value), &tensor.data), "cannot read an input");
-    return tensor;
+    return value == nullptr ? Tensor{} : tensor_of(api_, value);
   }
 
   float* output(size_t index, const std::vector<int64_t>& shape) const {

@@ -1,4 +1,4 @@
-// Linear layers as ONNX ops. Weights are read where ONNX Runtime mapped them; nothing is copied or repacked.
+// Linear layers as ONNX ops.
 #pragma once
 
 #include "custom_op.h"
@@ -13,8 +13,13 @@ struct Sparse24MatMul {
       {kFloat, kRequired}, {kAnyType, kRequired}, {kUint32, kRequired}, {kFloat, kOptional}};
 
   int64_t N, K;
+  ResidentWeights resident_values, resident_indices;
 
-  explicit Sparse24MatMul(const Attributes& attributes) : N(attributes.integer("N")), K(attributes.integer("K")) {
+  explicit Sparse24MatMul(const Attributes& attributes)
+      : N(attributes.integer("N")),
+        K(attributes.integer("K")),
+        resident_values(attributes.resident(1)),
+        resident_indices(attributes.resident(2)) {
     require(N > 0 && K > 0 && K % 8 == 0, "attribute N must be positive and K a positive multiple of 8");
   }
 
@@ -38,12 +43,13 @@ struct Sparse24MatMul {
     shape.back() = N;
     float* y = context.output(0, shape);
     const int64_t M = x.size() / K;
-    const uint32_t* columns = static_cast<const uint32_t*>(indices.data);
+    const void* kept = resident_values.or_else(values.data);
+    const uint32_t* columns = static_cast<const uint32_t*>(resident_indices.or_else(indices.data));
     if (M > 0 && bf16) {
-      cast24_linear_bf16(x.f32(), static_cast<const uint16_t*>(values.data), columns, bias.f32(), y, M, N, K,
+      cast24_linear_bf16(x.f32(), static_cast<const uint16_t*>(kept), columns, bias.f32(), y, M, N, K,
                          Context::parallel_for, &context);
     } else if (M > 0) {
-      cast24_linear_f32(x.f32(), values.f32(), columns, bias.f32(), y, M, N, K, Context::parallel_for, &context);
+      cast24_linear_f32(x.f32(), static_cast<const float*>(kept), columns, bias.f32(), y, M, N, K, Context::parallel_for, &context);
     }
     return values.size() * (bf16 ? 2 : 4) + indices.size() * 4 + bias.size() * (bias ? 4 : 0);
   }

@@ -67,6 +67,10 @@ class OrtApi {
   OrtStatus* KernelInfoGetAttribute_int64(const OrtKernelInfo* info, const char* name, int64_t* out) const {
     return slot<OrtStatus* (*)(const OrtKernelInfo*, const char*, int64_t*)>(86)(info, name, out);
   }
+  OrtStatus* KernelInfoGetConstantInput_tensor(const OrtKernelInfo* info, size_t index, int* constant,
+                                               const OrtValue** out) const {
+    return slot<OrtStatus* (*)(const OrtKernelInfo*, size_t, int*, const OrtValue**)>(249)(info, index, constant, out);
+  }
   OrtStatus* KernelContext_GetInputCount(const OrtKernelContext* context, size_t* out) const {
     return slot<OrtStatus* (*)(const OrtKernelContext*, size_t*)>(88)(context, out);
   }

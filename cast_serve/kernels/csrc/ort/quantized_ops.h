@@ -1,4 +1,4 @@
-// Linear layers and an embedding with quantized weights as ONNX ops. Weights are panels (cast24.h), read in place.
+// Linear layers and an embedding with quantized weights as ONNX ops. Weights are panels (cast24.h).
 #pragma once
 
 #include "custom_op.h"
@@ -33,9 +33,12 @@ struct MatMulNBits {
 
   QuantizedAttributes weight;
   bool float_activations;
+  ResidentWeights resident;
 
   explicit MatMulNBits(const Attributes& attributes)
-      : weight(attributes), float_activations(attributes.integer("float_activations", 0) != 0) {}
+      : weight(attributes), float_activations(attributes.integer("float_activations", 0) != 0) {
+    if (Sparse) resident = attributes.resident(1);  // a dense one may be an embedding too, which reads it in place
+  }
 
   // Returns the bytes of the weights.
   int64_t run(Context& context) const {
@@ -49,7 +52,7 @@ struct MatMulNBits {
     float* y = context.output(0, shape);
     const int64_t M = x.size() / weight.K;
     if (M > 0)
-      cast24_linear_quantized(x.f32(), static_cast<const uint8_t*>(panels.data), bias.f32(), y, M, weight.N, weight.K,
+      cast24_linear_quantized(x.f32(), static_cast<const uint8_t*>(resident.or_else(panels.data)), bias.f32(), y, M, weight.N, weight.K,
                               static_cast<int>(weight.bits), Sparse, weight.group, float_activations, Context::parallel_for,
                               &context);
     return panels.size() + bias.size() * (bias ? 4 : 0);
