@@ -9,8 +9,8 @@ from typing import Any
 
 from conversion.errors import InputError
 
-# settings that do not touch the result
-_FREE = {f"config.{name}" for name in ("save_steps", "log_steps", "fsdp", "gradient_checkpointing")}
+FREE_SETTINGS = ("save_steps", "log_steps", "fsdp", "gradient_checkpointing")
+"""Settings that do not touch the result."""
 
 
 @dataclass
@@ -44,7 +44,7 @@ class Run:
         differences = [
             f"{name} was {before}, is {now}"
             for name, before, now in _differences(saved["identity"], identity)
-            if name not in _FREE
+            if name.removeprefix("config.") not in FREE_SETTINGS
         ]
         if differences:
             raise InputError(

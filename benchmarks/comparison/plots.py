@@ -7,6 +7,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, NullLocator
 
 from benchmarks.comparison.report import Record, dense_record, perplexity
 
@@ -22,8 +23,10 @@ def plot_budgets(records: Sequence[Record], path: Path, title: str) -> None:
     for axis, text in zip(axes, texts, strict=True):
         for name in names:
             points = sorted((r["tokens"], perplexity(r, text)) for r in trained if r["variant"] == name)
-            bold = {"linewidth": 2.4, "color": "black", "zorder": 5} if name == "cast" else {"linewidth": 1.4}
-            axis.plot(*zip(*points, strict=True), marker="o", markersize=4, label=name, **bold)
+            look: dict[str, Any] = {"linewidth": 1.4, "linestyle": "--" if name.startswith("cast-") else "-"}
+            if name == "cast":
+                look |= {"linewidth": 2.4, "color": "black", "zorder": 5}
+            axis.plot(*zip(*points, strict=True), marker="o", markersize=4, label=name, **look)
         dense = dense_record(good)
         for record in good:
             value, limit = perplexity(record, text), worst[text]
@@ -31,15 +34,24 @@ def plot_budgets(records: Sequence[Record], path: Path, title: str) -> None:
                 continue  # one-shot magnitude would squeeze all others together
             style = "-" if record is dense else ":"
             axis.axhline(value, linestyle=style, color="grey", linewidth=1)
-            axis.annotate(
-                record["variant"], (1, value), xycoords=("axes fraction", "data"), fontsize=8, ha="right", va="bottom"
-            )
+            place: dict[str, Any] = {
+                "xycoords": ("axes fraction", "data"),
+                "fontsize": 8,
+                "ha": "right",
+                "va": "bottom",
+            }
+            axis.annotate(record["variant"], (1, value), **place)
         axis.set_xscale("log")
+        axis.set_xticks(sorted({record["tokens"] for record in trained}))
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
         axis.set_yscale("log")
+        axis.yaxis.set_major_formatter("{x:.4g}")
+        axis.yaxis.set_minor_formatter("{x:.4g}")
+        axis.xaxis.set_minor_locator(NullLocator())
         axis.set_title(f"Perplexity on {text}", fontsize=10, loc="left")
         axis.set_xlabel("training tokens")
-        if names:
-            axis.legend(frameon=False, fontsize=8)
+    if names:
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8)
     figure.savefig(path, dpi=130)
 
 

@@ -18,7 +18,7 @@ from cast_train.config import Preset, TrainConfig
 from cast_train.evaluation.evaluate import evaluate, versions
 from cast_train.evaluation.zero_shot import Tasks
 from cast_train.oneshot.directory import prune_directory
-from cast_train.run import source_hash
+from cast_train.run import FREE_SETTINGS, source_hash
 from cast_train.self_data import SELF
 from cast_train.training import train
 from conversion.atomic import write_text
@@ -147,7 +147,7 @@ class Study:
             "eval_tokens": self.eval_tokens,
             "tasks": self._tasks_identity,
             "method": cell.variant.method,
-            "config": {k: v for k, v in _settings(cell).items() if k not in ("save_steps", "log_steps")},
+            "config": {k: v for k, v in _settings(cell).items() if k not in FREE_SETTINGS},
         }
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
         tokens = "" if cell.tokens is None else f"-{cell.tokens}"
