@@ -109,6 +109,18 @@ def train(
             rich_help_panel=_RUNNING,
         ),
     ] = False,
+    teacher_cache: Annotated[
+        Path | None,
+        typer.Option(
+            help="Directory of the dense model's most likely tokens; filled if need be, it saves later runs with the "
+            "same text and seed the dense model.",
+            rich_help_panel=_RUNNING,
+        ),
+    ] = None,
+    teacher_top_k: Annotated[
+        int | None,
+        typer.Option(help="--teacher-cache: tokens kept at each position; default 64.", rich_help_panel=_RUNNING),
+    ] = None,
     dry_run: Annotated[
         bool,
         typer.Option(
@@ -200,6 +212,7 @@ def train(
         save_steps=save_steps,
         log_steps=log_steps,
         fsdp=fsdp,
+        teacher_top_k=teacher_top_k or (64 if teacher_cache is not None else None),
         gradient_checkpointing=gradient_checkpointing,
     )
     if dry_run:
@@ -220,9 +233,18 @@ def train(
     if isinstance(config, FinetuneConfig):
         from cast_train.finetune import finetune as finetune_model
 
-        finetune_model(source, data, out, config, resume=resume, overwrite=overwrite)
+        finetune_model(source, data, out, config, resume=resume, overwrite=overwrite, teacher_cache=teacher_cache)
     elif method in CONFIGS:
-        train_model(source, data, out, config, resume=resume, force=force, overwrite=overwrite)
+        train_model(
+            source,
+            data,
+            out,
+            config,
+            resume=resume,
+            force=force,
+            overwrite=overwrite,
+            teacher_cache=teacher_cache,
+        )
     else:
         prune_directory(source, data, out, method, config, overwrite)
         print(f"saved {out}")

@@ -42,6 +42,9 @@ class TrainConfig(BaseModel):
     temperature: float = Field(1.0, gt=0)
     """Divides both models' logits in the KL term, which is multiplied by its square."""
 
+    teacher_top_k: int | None = Field(None, ge=1)
+    """Most likely tokens of the teacher that are kept at each position; None runs the teacher itself."""
+
     # Start
     warm_start: Literal["none", "magnitude", "wanda", "sparsegpt"] = "none"
     """One-shot pruning whose kept weights training starts from."""
@@ -95,6 +98,8 @@ class TrainConfig(BaseModel):
             raise ValueError("give steps or tokens, not both")
         if self.tokens is not None and self.tokens < self.batch_tokens:
             raise ValueError(f"tokens ({self.tokens}) is less than one step's batch_tokens ({self.batch_tokens})")
+        if self.teacher_top_k is not None and (self.eta == 0 or self.temperature != 1):
+            raise ValueError("teacher_top_k needs a teacher (eta above 0) and temperature 1")
         return self
 
     @classmethod

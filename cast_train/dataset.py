@@ -57,19 +57,38 @@ class TokenBlocks(Dataset[dict[str, Tensor]]):
         self._seed = seed
         self._pass = -1
         self._order = np.empty(0, dtype=np.int64)
+        self._first_pass: np.ndarray | None = None
 
     def __len__(self) -> int:
         return self._count
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
+        start = self._place(index) * self._block_length
+        return {"input_ids": torch.from_numpy(self._tokens[start : start + self._block_length].astype(np.int64))}
+
+    @property
+    def rows(self) -> int:
+        """Number of different blocks."""
+        return min(self._count, self._blocks_in_corpus)
+
+    def row(self, index: int) -> int:
+        """Return the index below `rows` at which the first pass over the corpus has the text of block `index`."""
+        if index < self._blocks_in_corpus:
+            return index
+        if self._first_pass is None:
+            first = np.random.default_rng([self._seed, 0]).permutation(self._blocks_in_corpus)
+            self._first_pass = np.argsort(first)
+        return int(self._first_pass[self._place(index)])
+
+    def _place(self, index: int) -> int:
+        """Return which block of the corpus is block `index` of the run."""
         if not 0 <= index < self._count:
             raise IndexError(index)
         number, position = divmod(index, self._blocks_in_corpus)
         if number != self._pass:
             self._order = np.random.default_rng([self._seed, number]).permutation(self._blocks_in_corpus)
             self._pass = number
-        start = int(self._order[position]) * self._block_length
-        return {"input_ids": torch.from_numpy(self._tokens[start : start + self._block_length].astype(np.int64))}
+        return int(self._order[position])
 
 
 def load_tokens(

@@ -23,6 +23,23 @@ class DistillationLoss:
     kl: Tensor
 
 
+@dataclass(frozen=True)
+class TeacherTop:
+    """A teacher's k most likely next tokens at each position, instead of the teacher.
+
+    The KL term is then that between the distributions over those k tokens and "any other": never more than the true
+    KL. Its gradient is that of a teacher who spreads the rest of its mass in the student's own proportions.
+
+    Attributes:
+        ids: [batch, length - 1, k] int64; log_probs: the same shape; tail: [batch, length - 1], log of the mass of all
+            other tokens. Rounding is corrected: the mass is brought back to 1.
+    """
+
+    ids: Tensor
+    log_probs: Tensor
+    tail: Tensor
+
+
 def distillation_loss(
     hidden: Tensor,
     head: Tensor,
@@ -32,6 +49,7 @@ def distillation_loss(
     *,
     eta: float = 1 / 3,
     temperature: float = 1.0,
+    teacher_top: TeacherTop | None = None,
     chunk_tokens: int | None = None,
 ) -> DistillationLoss:
     """Compute the loss from hidden states, a chunk of tokens at a time, so that logits of all tokens never exist.
@@ -48,6 +66,7 @@ def distillation_loss(
         teacher_head: [vocab, teacher hidden].
         eta: weight of the KL term.
         temperature: T of the KL term.
+        teacher_top: what is known of the teacher, in the place of its hidden states and head; temperature must be 1.
         chunk_tokens: tokens whose logits are held at once; default: as many as are fast on the device.
     """
     predicting = labels[:, 1:] != IGNORE_INDEX
@@ -62,15 +81,26 @@ def distillation_loss(
         targets,
         teacher_rows,
         teacher_head,
-        eta if teacher_hidden is not None else 0.0,
+        None if teacher_top is None else tuple(part[predicting] for part in normalised(teacher_top)),
+        eta if teacher_hidden is not None or teacher_top is not None else 0.0,
         temperature,
         chunk_tokens,
     )
     return DistillationLoss(loss, ce, kl)
 
 
+def normalised(top: TeacherTop) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ids, log-probs and tail of a teacher whose mass is 1."""
+    log_probs, tail = top.log_probs.float(), top.tail.float()
+    log_mass = torch.cat([log_probs, tail[..., None]], dim=-1).logsumexp(-1)
+    return top.ids, log_probs - log_mass[..., None], tail - log_mass
+
+
 class _ChunkedLoss(torch.autograd.Function):
-    """(rows [T, H], head [V, H], targets [T], teacher rows [T, Ht], teacher head [V, Ht]) -> (loss, CE, KL)."""
+    """(rows [T, H], head [V, H], targets [T], teacher rows [T, Ht], teacher head [V, Ht]) -> (loss, CE, KL).
+
+    Or, in the place of the last two: (ids [T, k], log-probs [T, k], tail [T]).
+    """
 
     @staticmethod
     def forward(
@@ -80,6 +110,7 @@ class _ChunkedLoss(torch.autograd.Function):
         targets: Tensor,
         teacher_rows: Tensor | None,
         teacher_head: Tensor | None,
+        teacher_top: tuple[Tensor, Tensor, Tensor] | None,
         eta: float,
         temperature: float,
         chunk_tokens: int,
@@ -118,6 +149,14 @@ class _ChunkedLoss(torch.autograd.Function):
                     teacher.sub_(teacher_log_z).exp_()
                     kl_sum += (margin.mul_(teacher).sum(1, keepdim=True) - teacher_log_z + soft_log_z).sum()
                     del margin
+                elif teacher_top is not None:
+                    ids, log_probs, tail = (part[chunk] for part in teacher_top)
+                    probs = log_probs.to(accumulate).exp()
+                    others = logits.scatter(1, ids, float("-inf"))
+                    margin = tail.to(accumulate)[:, None] - others.logsumexp(1, keepdim=True)
+                    kl_sum += (probs * (log_probs - logits.gather(1, ids) + log_z)).sum()
+                    kl_sum += (tail.to(accumulate)[:, None].exp() * (margin + log_z)).sum()
+                    teacher = others.add_(margin).exp_().scatter_(1, ids, probs)
                 if grad_rows is None and grad_head is None:
                     continue
                 # d loss / d logits = eta * T * (p_s - p_t) at temperature T + (1 - eta) * (p_s - onehot) at 1, over the
@@ -145,5 +184,5 @@ class _ChunkedLoss(torch.autograd.Function):
         return (
             None if grad_rows is None else grad_rows * grad_outputs[0],
             None if grad_head is None else grad_head.mul_(grad_outputs[0]),
-            *([None] * 6),
+            *([None] * 7),
         )

@@ -24,7 +24,7 @@ from transformers import (
 from transformers.training_args import ParallelMode
 
 from cast_train.config import TrainConfig
-from cast_train.distillation import DistillationLoss, distillation_loss
+from cast_train.distillation import DistillationLoss, TeacherTop, distillation_loss
 from cast_train.masked_adam import MaskedAdam
 from cast_train.methods import trained_method
 from cast_train.schedule import lr_factor
@@ -43,7 +43,8 @@ class CastTrainer(Trainer):
         config: method and budget; a decay must be a number by now.
         teacher: the dense starting model, frozen; None trains on cross entropy alone.
         args: from `training_arguments`, or your own.
-        others: as in transformers.Trainer. Examples need "input_ids"; "labels" (-100 is left out) default to those.
+        others: as in transformers.Trainer. Examples need "input_ids"; "labels" (-100 is left out) default to those;
+            "teacher_ids", "teacher_log_probs" and "teacher_tail" (see TeacherTop) stand for a teacher.
     """
 
     def __init__(
@@ -148,6 +149,9 @@ class CastTrainer(Trainer):
             with torch.no_grad():
                 teacher_hidden = last_hidden_state(self.teacher, ids)
             teacher_head = self.teacher.get_output_embeddings().weight
+        top = None
+        if "teacher_ids" in inputs:
+            top = TeacherTop(inputs["teacher_ids"], inputs["teacher_log_probs"], inputs["teacher_tail"])
         return distillation_loss(
             output.hidden_states[-1],
             head,
@@ -156,6 +160,7 @@ class CastTrainer(Trainer):
             teacher_head,
             eta=self.config.eta,
             temperature=self.config.temperature,
+            teacher_top=top,
         )
 
     def _add(self, **values: Tensor) -> None:

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 import transformers
 from rich.console import Console
+from torch import Tensor
+from transformers import TrainingArguments
 
 from cast_train.budget import decay_budget
 from cast_train.config import CastConfig, TrainConfig
@@ -26,14 +28,17 @@ from cast_train.run import Run, source_hash
 from cast_train.saving import save_model
 from cast_train.self_data import with_samples
 from cast_train.sparse_model import is_transposed, scope, sparsify
-from cast_train.trainer import CastTrainer, check_resumable, last_checkpoint, training_arguments
+from cast_train.teacher_cache import CachedBlocks, TeacherCache, fill
+from cast_train.trainer import CastTrainer, check_resumable, last_checkpoint, training_arguments, uses_bf16
 from conversion.atomic import check_target, new_directory
 from conversion.checkpoint import Checkpoint
-from conversion.dense_model import context_length, dense_model
+from conversion.dense_model import context_length, dense_config, dense_model
 from conversion.errors import InputError
 from conversion.hub import local_model
 from conversion.progress import without_transformers_bars
 from conversion.tokenizer import load_tokenizer
+
+Examples = TokenBlocks | CachedBlocks
 
 _REPORT_TOKENS = 8192  # on which the loss before and after the cut is measured
 
@@ -48,6 +53,7 @@ def train(
     force: bool = False,
     overwrite: bool = False,
     cache_dir: Path | None = None,
+    teacher_cache: Path | None = None,
 ) -> dict[str, Any]:
     """Train `source` to 2:4 by the config's method and save it to `out`; return what training.json says.
 
@@ -62,6 +68,8 @@ def train(
         force: train although the decay budget (of CAST) is hopeless.
         overwrite: replace `out` if it exists, when the new one is complete.
         cache_dir: where tokenized text is cached.
+        teacher_cache: directory of the teacher's `config.teacher_top_k` most likely tokens, filled by a first run;
+            later ones with the same text, seed, teacher and precision need no teacher.
 
     Raises:
         InputError: anything given is wrong, or the loss is no longer finite.
@@ -75,6 +83,8 @@ def train(
     dense = Checkpoint(directory)
     tokenizer = load_tokenizer(directory)
     config = config.within_context(context_length(dense))
+    if (teacher_cache is None) != (config.teacher_top_k is None):
+        raise InputError("the teacher's top k tokens need a directory to be kept in: give both or neither")
     budget_tokens = config.total_steps * config.batch_tokens
     texts = with_samples(data, dense, tokenizer, budget_tokens, config.block_length, cache_dir)
     tokens = load_tokens(texts, tokenizer, cache_dir)
@@ -87,8 +97,14 @@ def train(
     }
     run = Run.find(out.with_name(out.name + ".run"), identity, resume=resume)
     checkpoint = last_checkpoint(run.directory)
+    args = training_arguments(config, run.directory)
+    if checkpoint is not None:
+        check_resumable(checkpoint, args)
+    examples: Examples = blocks
+    if teacher_cache is not None:
+        examples = cached_blocks(teacher_cache, blocks, dense, config, args, identity)
     student = dense_model(dense, torch.float32)
-    teacher = dense_model(dense, torch.float32) if config.eta > 0 else None
+    teacher = dense_model(dense, torch.float32) if config.eta > 0 and teacher_cache is None else None
     console.print(
         f"{config.total_steps} steps of {config.blocks_per_step} x {config.block_length} tokens from a text of "
         f"{len(tokens.tokens)} tokens"
@@ -99,15 +115,12 @@ def train(
         calibration = calibration_samples(tokens, config) if config.warm_start != "magnitude" else None
         prune(student, config.warm_start, calibration, shrink=config.shrink)
     student = sparsify(student, config)
-    args = training_arguments(config, run.directory)
-    if checkpoint is not None:
-        check_resumable(checkpoint, args)
     trainer = CastTrainer(
         student,
         config,
         teacher,
         args=args,
-        train_dataset=blocks,
+        train_dataset=examples,
         callbacks=[Health(run.metrics, config.batch_tokens, console)],
     )
     trainer.remove_callback(transformers.PrinterCallback)
@@ -117,7 +130,7 @@ def train(
         facts: dict[str, Any] = {}
         if isinstance(config, CastConfig):
             try:
-                facts = plan_decay(trainer, config, blocks, console, force)
+                facts = plan_decay(trainer, config, examples, console, force)
             except InputError:
                 with contextlib.suppress(FileNotFoundError):
                     run.directory.rmdir()  # Trainer has made it, still empty
@@ -134,9 +147,9 @@ def train(
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
 
     # Cut, and see what it costs
-    before = report_loss(trainer, blocks)
+    before = report_loss(trainer, examples)
     finished = trainer.finish()
-    after = report_loss(trainer, blocks)
+    after = report_loss(trainer, examples)
     console.print(f"cross entropy on training text {before['ce']:.4f} before the cut, {after['ce']:.4f} after")
 
     # Save
@@ -166,7 +179,7 @@ def train(
 
 
 def plan_decay(
-    trainer: CastTrainer, config: CastConfig, blocks: TokenBlocks, console: Console, force: bool
+    trainer: CastTrainer, config: CastConfig, blocks: Examples, console: Console, force: bool
 ) -> dict[str, Any]:
     """Measure what decides CAST's decay and whether it suffices; return decay, momentum and budget.
 
@@ -187,7 +200,37 @@ def plan_decay(
     return {"decay": decay, "momentum": momentum, "budget": budget.as_dict()}
 
 
-def measure_momentum(trainer: CastTrainer, blocks: TokenBlocks) -> float:
+def cached_blocks(
+    directory: Path,
+    blocks: TokenBlocks,
+    dense: Checkpoint,
+    config: TrainConfig,
+    args: TrainingArguments,
+    identity: dict[str, Any],
+) -> CachedBlocks:
+    """Return the blocks with the teacher's most likely tokens, after running it where `directory` lacks them.
+
+    Processes share the work, so they must see the same directory.
+    """
+    bf16 = uses_bf16(config, args.device)
+    belongs_to = {"data": identity["data"], "teacher": identity["source"], "seed": config.seed, "bf16": bf16}
+    k = config.teacher_top_k or 0
+    vocabulary = dense_config(dense).vocab_size
+    with args.main_process_first():
+        cache = TeacherCache.open(directory, belongs_to, blocks.rows, config.block_length - 1, k, vocabulary)
+    if not cache.done.all():
+        dtype = torch.bfloat16 if bf16 else torch.float32
+        teacher: Any = dense_model(dense, dtype)
+        at_once, _ = config.split_step(args.world_size)
+        first = args.process_index == 0
+        part = (args.process_index, args.world_size)
+        fill(cache, blocks, teacher.to(args.device), batch=at_once, bf16=bf16, part=part, progress=first)
+    if args.world_size > 1:
+        torch.distributed.barrier()  # all parts are done
+    return CachedBlocks(blocks, cache)
+
+
+def measure_momentum(trainer: CastTrainer, blocks: Examples) -> float:
     """Return the root mean square of the momentum on masked weights that the first steps will see.
 
     From the clipped gradient of one step's batch: the momentum of gradients that are mostly noise has
@@ -197,9 +240,9 @@ def measure_momentum(trainer: CastTrainer, blocks: TokenBlocks) -> float:
     micro = trainer.args.per_device_train_batch_size
     parts = range(0, config.blocks_per_step, micro)
     for start in parts:
-        ids = torch.stack([blocks[i]["input_ids"] for i in range(start, start + micro)]).to(trainer.args.device)
+        inputs = batch(blocks, range(start, start + micro), trainer.args.device)
         with trainer.compute_loss_context_manager():
-            loss = trainer.distillation(model, {"input_ids": ids}).loss / len(parts)
+            loss = trainer.distillation(model, inputs).loss / len(parts)
         loss.backward()
     norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm))
     if not torch.isfinite(norm):
@@ -218,16 +261,22 @@ def measure_momentum(trainer: CastTrainer, blocks: TokenBlocks) -> float:
 
 
 @torch.no_grad()
-def report_loss(trainer: CastTrainer, blocks: TokenBlocks) -> dict[str, float]:
+def report_loss(trainer: CastTrainer, blocks: Examples) -> dict[str, float]:
     """Return mean loss, CE and KL over the first few thousand training tokens, without dropout."""
     trainer.student.eval()
     length = trainer.config.block_length
     count = min(len(blocks), max(1, _REPORT_TOKENS // length))
     sums = {"loss": 0.0, "ce": 0.0, "kl": 0.0}
     for i in range(count):
-        ids = blocks[i]["input_ids"][None].to(trainer.args.device)
+        inputs = batch(blocks, range(i, i + 1), trainer.args.device)
         with trainer.compute_loss_context_manager():
-            losses = trainer.distillation(trainer.student, {"input_ids": ids})
+            losses = trainer.distillation(trainer.student, inputs)
         for name in sums:
             sums[name] += getattr(losses, name).item()
     return {name: total / count for name, total in sums.items()}
+
+
+def batch(examples: Examples, indexes: range, device: torch.device) -> dict[str, Tensor]:
+    """Stack examples into one batch on `device`."""
+    rows = [examples[i] for i in indexes]
+    return {name: torch.stack([row[name] for row in rows]).to(device) for name in rows[0]}
