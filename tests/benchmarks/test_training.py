@@ -1,0 +1,35 @@
+"""The training benchmark on a tiny shape: its numbers hang together."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+
+from benchmarks.training import SHAPES, measure
+from cast_train.config import CastConfig
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def make() -> PreTrainedModel:
+    torch.manual_seed(0)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPES["tiny"]), dtype=torch.float32)
+    return model
+
+
+def test_both_runs_are_timed_and_the_ratio_includes_the_mask() -> None:
+    config = CastConfig.preset("full", batch_tokens=128, block_length=32, micro_batch_tokens=64, steps=1000)
+    rounds: list[int] = []
+    result = measure(make, config, rounds=2, after_round=lambda: rounds.append(1))
+    assert len(rounds) == 2
+    assert (result["batch_tokens"], result["micro_batches"]) == (128, 2)
+    seconds = result["seconds_per_step"]
+    refresh = result["timings"]["refresh"]["median"] / config.mask_interval
+    assert seconds["cast"] == pytest.approx(result["timings"]["cast"]["median"] + refresh)
+    assert result["ratio"] == pytest.approx(seconds["plain"] / seconds["cast"])
+    assert result["mfu"] is None or result["device"] != "cpu"
+    assert {"student forward", "teacher", "loss", "student backward", "optimizer"} < result["breakdown_s"].keys()
+    flops = result["flops_per_token"]
+    assert result["flops_per_s"]["plain"] == pytest.approx(sum(flops.values()) * result["tokens_per_s"]["plain"])
