@@ -14,7 +14,7 @@ def gptq(weight: Tensor, mask: Tensor, hessian: Tensor, scale: Tensor, value_for
 
     Columns go by falling importance (diagonal of the Hessian). An error also flows to masked columns still to come,
     which are then rounded to their only value, zero, and hand it on: the optimal step while their turn has not come
-    (as in SparseGPT). Passing it to kept columns alone left 4 to 70 % more output error on SmolLM2's layers.
+    (as in SparseGPT). Passing it to kept columns alone left 4 to 38 % more output error on SmolLM2's layers.
 
     Args:
         weight: [N, K], masked entries zero.
