@@ -91,6 +91,14 @@ def test_accumulated_micro_batches_are_one_batch(llama: Setting) -> None:
     assert split["after_cut"]["loss"] == pytest.approx(whole["after_cut"]["loss"], rel=1e-4)
 
 
+def test_gradient_checkpointing_changes_no_weight(llama: Setting) -> None:
+    llama.train("kept", config(steps=3, save_steps=100))
+    llama.train("again", config(steps=3, save_steps=100, gradient_checkpointing=True))
+    kept, again = (load_file(llama.root / out / "model.safetensors") for out in ("kept", "again"))
+    for name, tensor in kept.items():
+        torch.testing.assert_close(again[name], tensor, rtol=0, atol=1e-6, msg=name)
+
+
 def test_trains_in_bf16_without_a_teacher_and_with_frozen_embeddings(llama: Setting) -> None:
     before = load_file(llama.source / "model.safetensors")
     summary = llama.train("out", config(precision="bf16", eta=0.0, train_embeddings=False, steps=6))
