@@ -4,9 +4,12 @@
 #pragma once
 
 #include <cstdint>
+#include <cstdio>
 #include <cstring>
+#include <fstream>
 #include <memory>
 #include <mutex>
+#include <string>
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -19,18 +22,12 @@ class ResidentWeights {
  public:
   ResidentWeights() = default;
 
-  // Copies `bytes` bytes and lets the system take the pages that they were mapped from.
+  // Copies `bytes` bytes and gives up the pages that they were mapped from.
   ResidentWeights(const void* source, size_t bytes) {
     place(bytes);
     if (data_ == nullptr) return;
     std::memcpy(data_, source, bytes);
-#if defined(__linux__) && defined(MADV_PAGEOUT)
-    // Unlike MADV_DONTNEED this is harmless where the weights are no file mapping.
-    constexpr uintptr_t kPage = 4096;
-    const uintptr_t start = (reinterpret_cast<uintptr_t>(source) + kPage - 1) & ~(kPage - 1);
-    const uintptr_t end = (reinterpret_cast<uintptr_t>(source) + bytes) & ~(kPage - 1);
-    if (start < end) madvise(reinterpret_cast<void*>(start), end - start, MADV_PAGEOUT);
-#endif
+    unmap_file_pages(source, bytes);
   }
 
   // The copy, or `otherwise` if there is none.
@@ -59,6 +56,26 @@ class ResidentWeights {
     }
     Chunk(const Chunk&) = delete;
   };
+
+  // Takes what was read of a mapped file out of this process's memory again; it is constant, so the file still has it.
+  // Dropping pages of any other memory would lose them, so the system is asked what this is.
+  static void unmap_file_pages(const void* source, size_t bytes) {
+#if defined(__linux__)
+    constexpr uintptr_t kPage = 4096;
+    const uintptr_t start = (reinterpret_cast<uintptr_t>(source) + kPage - 1) & ~(kPage - 1);
+    const uintptr_t end = (reinterpret_cast<uintptr_t>(source) + bytes) & ~(kPage - 1);
+    std::ifstream maps("/proc/self/maps");
+    for (std::string line; start < end && std::getline(maps, line);) {
+      unsigned long long first, last, inode;
+      if (std::sscanf(line.c_str(), "%llx-%llx %*s %*x %*s %llu", &first, &last, &inode) != 3) continue;
+      if (start < first || end > last) continue;
+      if (inode != 0) madvise(reinterpret_cast<void*>(start), end - start, MADV_DONTNEED);
+      return;
+    }
+#else
+    (void)source, (void)bytes;
+#endif
+  }
 
   void place(size_t bytes) {
     static std::mutex mutex;
