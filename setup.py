@@ -27,6 +27,7 @@ AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"]
 FILE_FLAGS = {
     "avx2.cpp": ["-mavx2", "-mfma"],
     "avx512.cpp": [*AVX512, *AVX512_TUNING],
+    "avx512bf16.cpp": [*AVX512, "-mavx512vbmi", "-mavx512bf16", *AVX512_TUNING],
     "avx512vnni.cpp": [*AVX512, "-mavx512vnni", "-mavx512vbmi", *AVX512_TUNING],
     "paged_attention.cpp": ["-ffp-contract=fast"],  # written in the compiler's vectors, which have no fma of their own
 }

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ISAS", "isa", "library", "library_path", "prepack", "prepack_quantized", "set_isa"]
 
-ISAS = ("avx512vnni", "avx512", "avx2", "portable")
+ISAS = ("avx512bf16", "avx512vnni", "avx512", "avx2", "portable")
 """Instruction sets that the kernels are written for, best first."""
 
 

@@ -11,6 +11,8 @@ portable tensors and packs them anew at every call: slow, for tests and for tool
 see x rounded to 8 bits, with a scale for each row and group of columns, unless `float_activations`. All work under
 torch.compile and with fake tensors. They are not differentiable: no gradient flows to x (torch warns when a backward
 pass reaches them). Wrong shapes and dtypes raise RuntimeError.
+
+Where the instruction set is "avx512bf16", bfloat16 weights meet x rounded to bfloat16; elsewhere x as it is.
 """
 
 import math

@@ -11,7 +11,7 @@ import torch
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, OPTConfig
 
-from cast_serve.kernels import library_path
+from cast_serve.kernels import isa, library_path
 from conversion import save_packed
 from conversion.dense_model import dense_model
 from conversion.errors import InputError
@@ -207,7 +207,9 @@ def test_bfloat16_values_of_a_float32_model(sparse_llama, tmp_path):
 def test_a_bfloat16_model_stays_bfloat16_where_that_is_exact(name, runner, tmp_path):
     source = save(make_model(CONFIGS[name], sparse=True).bfloat16(), tmp_path / "model")
     export(source, tmp_path / "onnx")
-    assert_same_logits(tmp_path / "onnx", runner, AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32))
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    rounds = runner is onnxruntime and isa() == "avx512bf16"  # which rounds inputs to bf16 for bf16 weights
+    assert_same_logits(tmp_path / "onnx", runner, model, tolerance=0.02 if rounds else 2e-4)
     tensors = initializers(tmp_path / "onnx")
     assert manifest_of(tmp_path / "onnx")["value_dtype"] == "bfloat16"
     assert tensors["model.embed_tokens.weight"].data_type == onnx.TensorProto.BFLOAT16

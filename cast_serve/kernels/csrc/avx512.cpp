@@ -48,6 +48,7 @@ struct Avx512 {
 
 const Isa kAvx512 = make_isa<Avx512>("avx512", &kQuantizedAvx2);
 const Isa kAvx512Vnni = make_isa<Avx512>("avx512vnni", &kQuantizedVnni);
+const Isa kAvx512Bf16 = make_isa<Avx512>("avx512bf16", &kQuantizedVnni, &kPairsAvx512);
 
 }  // namespace cast24
 #endif

@@ -21,13 +21,17 @@ bool avx512() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
          __builtin_cpu_supports("avx512vl");
 }
+bool avx512vnni() {
+  return avx512() && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi");
+}
 #endif
 
 // Best first. __builtin_cpu_supports reads cpuid and XCR0.
 const Candidate* candidates(int* count) {
   static const Candidate all[] = {
 #if defined(__x86_64__)
-      {&kAvx512Vnni, avx512() && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi")},
+      {&kAvx512Bf16, avx512vnni() && __builtin_cpu_supports("avx512bf16")},
+      {&kAvx512Vnni, avx512vnni()},
       {&kAvx512, avx512()},
       {&kAvx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
 #endif

@@ -21,9 +21,20 @@ struct QuantizedKernels {
   void (*quantize_rows)(const float* x, int64_t rows, const QuantizedLayout& layout, uint8_t* q, float* scale);
 };
 
+// What multiplies 2:4 bf16 weights by inputs rounded to bf16, for CPUs that multiply pairs of bf16.
+struct PairKernels {
+  // tile [rows, kTileWidth] += x W^T for `panels` adjacent panels; rows of x are padded to whole words of 32 columns.
+  void (*tile)(const uint16_t* x, int64_t rows, int64_t K, const uint16_t* values, const uint32_t* indices, int panels,
+               float* tile);
+
+  // Round rows of x [rows, K] as `tile` wants them.
+  void (*round_rows)(const float* x, int64_t rows, int64_t K, uint16_t* rounded);
+};
+
 struct Isa {
   const char* name;
   const QuantizedKernels* quantized;
+  const PairKernels* pairs;  // or nullptr
 
   // tile [rows, kTileWidth] += x W^T for `panels` adjacent panels; `values` and `indices` point at the first one.
   void (*tile_f32)(const float* x, int64_t rows, int64_t K, const float* values, const uint32_t* indices, int panels,
@@ -45,6 +56,8 @@ extern const Isa kAvx2;
 extern const QuantizedKernels kQuantizedAvx2;
 extern const Isa kAvx512;
 extern const Isa kAvx512Vnni;
+extern const Isa kAvx512Bf16;
+extern const PairKernels kPairsAvx512;
 extern const QuantizedKernels kQuantizedVnni;
 #endif
 

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <atomic>
 #include <memory>
+#include <type_traits>
 
 #include "cast24.h"
 #include "isa.h"
@@ -15,18 +16,44 @@ namespace {
 
 constexpr int64_t kTileRows = 64;  // most rows of x in a tile: its sums stay in the first-level cache
 
-inline auto tile_of(const Isa& isa, const float*) { return isa.tile_f32; }
-inline auto tile_of(const Isa& isa, const uint16_t*) { return isa.tile_bf16; }
+// Rows of x, and the same rounded to bf16 where the CPU multiplies pairs of bf16 weights by those.
+struct Rows {
+  const float* x;
+  std::unique_ptr<uint16_t[]> rounded;
+  int64_t K, stride = (K + 31) / 32 * 32;
+
+  // tile [rows, kTileWidth] += x[row : row + rows] W^T
+  void multiply(const Isa& isa, int64_t row, int64_t rows, const float* values, const uint32_t* indices, int panels,
+                float* tile) const {
+    isa.tile_f32(x + row * K, rows, K, values, indices, panels, tile);
+  }
+  void multiply(const Isa& isa, int64_t row, int64_t rows, const uint16_t* values, const uint32_t* indices, int panels,
+                float* tile) const {
+    if (rounded) return isa.pairs->tile(rounded.get() + row * stride, rows, K, values, indices, panels, tile);
+    isa.tile_bf16(x + row * K, rows, K, values, indices, panels, tile);
+  }
+};
+
+template <class T>
+Rows rows_of(const Isa& isa, const float* x, int64_t M, int64_t K, cast24_parallel_for run, void* pool) {
+  Rows rows{x, nullptr, K};
+  if (std::is_same<T, float>::value || isa.pairs == nullptr) return rows;
+  rows.rounded.reset(new uint16_t[M * rows.stride]);
+  parallel_for(run, pool, M, M * K, [&](int64_t begin, int64_t end) {
+    isa.pairs->round_rows(x + begin * K, end - begin, K, rows.rounded.get() + begin * rows.stride);
+  });
+  return rows;
+}
 
 // y[row : row + rows, first : ] from `panels` adjacent panels.
 template <class T>
-void linear_tile(const Isa& isa, const float* x, const T* values, const uint32_t* indices, int panels, const float* bias,
-                 float* y, int64_t row, int64_t rows, int64_t first, int64_t N, int64_t K) {
+void linear_tile(const Isa& isa, const Rows& x, const T* values, const uint32_t* indices, int panels, const float* bias,
+                 float* y, int64_t row, int64_t rows, int64_t first, int64_t N) {
   alignas(64) float tile[kTileRows * kTileWidth];
   const int64_t width = panels * kPanelRows, outputs = std::min(N - first, width);
   for (int64_t m = 0; m < rows; ++m)
     for (int64_t n = 0; n < width; ++n) tile[m * kTileWidth + n] = bias && n < outputs ? bias[first + n] : 0.0f;
-  tile_of(isa, values)(x + row * K, rows, K, values, indices, panels, tile);
+  x.multiply(isa, row, rows, values, indices, panels, tile);
   for (int64_t m = 0; m < rows; ++m)
     for (int64_t n = 0; n < outputs; ++n) y[(row + m) * N + first + n] = tile[m * kTileWidth + n];
 }
@@ -39,13 +66,14 @@ void linear(const float* x, const T* values, const uint32_t* indices, const floa
   const int64_t panel_values = K / 2 * kPanelRows, panel_indices = (K / 4 + 7) / 8 * kPanelRows;
   // With few rows of x a panel is read straight through, with many several panels share x from the caches.
   const int64_t tile_panels = M > kTileRows ? kTilePanels : 1;
+  const Rows inputs = rows_of<T>(isa, x, M, K, run, pool);
   const int64_t tiles = (panels + tile_panels - 1) / tile_panels, chunks = (M + kTileRows - 1) / kTileRows;
   parallel_for(run, pool, tiles * chunks, M * N * (K / 2), [&](int64_t begin, int64_t end) {
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t panel = unit / chunks * tile_panels, row = unit % chunks * kTileRows;
-      linear_tile(isa, x, values + panel * panel_values, indices + panel * panel_indices,
+      linear_tile(isa, inputs, values + panel * panel_values, indices + panel * panel_indices,
                   static_cast<int>(std::min(panels - panel, tile_panels)), bias, y, row, std::min(M - row, kTileRows),
-                  panel * kPanelRows, N, K);
+                  panel * kPanelRows, N);
     }
   });
 }
@@ -56,6 +84,7 @@ int64_t linear_bitmask(const float* x, const T* values, const uint8_t* bitmask, 
   const Isa& isa = cast24::isa();
   const int64_t panels = (N + kPanelRows - 1) / kPanelRows;
   std::atomic<int64_t> first_bad{INT64_MAX};
+  const Rows inputs = rows_of<T>(isa, x, M, K, run, pool);
   parallel_for(run, pool, panels, M * N * (K / 2), [&](int64_t begin, int64_t end) {
     const std::unique_ptr<T[]> panel_values(new T[K / 2 * kPanelRows]);
     const std::unique_ptr<uint32_t[]> panel_indices(new uint32_t[(K / 4 + 7) / 8 * kPanelRows]);
@@ -69,8 +98,8 @@ int64_t linear_bitmask(const float* x, const T* values, const uint8_t* bitmask, 
         return;
       }
       for (int64_t row = 0; row < M; row += kTileRows)
-        linear_tile(isa, x, panel_values.get(), panel_indices.get(), 1, bias, y, row, std::min(M - row, kTileRows), first, N,
-                    K);
+        linear_tile(isa, inputs, panel_values.get(), panel_indices.get(), 1, bias, y, row, std::min(M - row, kTileRows),
+                    first, N);
     }
   });
   return first_bad == INT64_MAX ? -1 : first_bad.load();

@@ -243,8 +243,8 @@ void dense(const float* x, int64_t M, int64_t K, const T* weight, const float* b
 }
 
 template <class S>
-constexpr Isa make_isa(const char* name, const QuantizedKernels* quantized) {
-  return {name, quantized, tile<S, float>, tile<S, uint16_t>, dense<S, float>, dense<S, uint16_t>};
+constexpr Isa make_isa(const char* name, const QuantizedKernels* quantized, const PairKernels* pairs = nullptr) {
+  return {name, quantized, pairs, tile<S, float>, tile<S, uint16_t>, dense<S, float>, dense<S, uint16_t>};
 }
 
 }  // namespace

@@ -1,0 +1,105 @@
+// 2:4 bf16 weights by AVX-512 BF16: a row's two kept weights of a group and the two inputs that they meet are one pair
+// product. Inputs are rounded to bf16 first, as dense bf16 layers have them; sums are float32.
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include "isa.h"
+
+namespace cast24 {
+namespace {
+
+constexpr int64_t kBlockColumns = 2048;  // as in tile.h: x and weights of a block stay in the caches
+constexpr int64_t kPrefetch = 4096;
+constexpr int kRows = 8;
+
+// Where the inputs of group `group` of a word are among the word's 32: column of slot 0 in the low half of each lane, of
+// slot 1 in the high half.
+template <int Group>
+inline __m512i columns(__m512i words) {
+  const int64_t lane = (4 * Group) | (4 * Group + 2) << 16;  // the bits from there on go to bytes 0 and 2
+  const __m512i fields = _mm512_multishift_epi64_epi8(_mm512_set1_epi64(lane | (lane + 0x00200020) << 32), words);
+  const int first = 4 * Group * 0x00010001;
+  return _mm512_ternarylogic_epi32(fields, _mm512_set1_epi32(0x00030003), _mm512_set1_epi32(first), 0xea);  // (a & b) | c
+}
+
+inline __m512i pick(__m512i inputs, __m512i columns) { return _mm512_permutexvar_epi16(columns, inputs); }
+
+inline __m512 dot(__m512 sum, __m512i x, const uint16_t* w) {
+  return _mm512_dpbf16_ps(sum, (__m512bh)x, (__m512bh)_mm512_loadu_si512(w));
+}
+
+// tile[:Rows, :16] += x W^T over words begin <= word < end of one panel; the last word has `last` groups.
+template <int Rows>
+void accumulate(const uint16_t* x, int64_t stride, const uint16_t* values, const uint32_t* indices, int64_t begin,
+                int64_t end, int last, float* tile) {
+  __m512 sums[Rows][2];
+  for (int m = 0; m < Rows; ++m) sums[m][0] = sums[m][1] = _mm512_setzero_ps();
+  for (int64_t word = begin; word < end; ++word) {
+    const uint16_t* w = values + word * 8 * 2 * kPanelRows;
+    const __m512i words = _mm512_loadu_si512(indices + word * kPanelRows);
+    const __m512i c[8] = {columns<0>(words), columns<1>(words), columns<2>(words), columns<3>(words),
+                          columns<4>(words), columns<5>(words), columns<6>(words), columns<7>(words)};
+    if (word + 1 < end || last == 8) {
+      const char* ahead = reinterpret_cast<const char*>(w) + kPrefetch;
+#pragma GCC unroll 8
+      for (int line = 0; line < 8; ++line) __builtin_prefetch(ahead + 64 * line, 0, 2);
+      __builtin_prefetch(indices + (word + kPrefetch / 512) * kPanelRows, 0, 2);
+      for (int m = 0; m < Rows; ++m) {
+        const __m512i inputs = _mm512_loadu_si512(x + m * stride + word * 32);
+#pragma GCC unroll 8
+        for (int g = 0; g < 8; ++g) sums[m][g % 2] = dot(sums[m][g % 2], pick(inputs, c[g]), w + g * 2 * kPanelRows);
+      }
+    } else {
+      for (int m = 0; m < Rows; ++m) {
+        const __m512i inputs = _mm512_loadu_si512(x + m * stride + word * 32);
+        for (int g = 0; g < last; ++g) sums[m][g % 2] = dot(sums[m][g % 2], pick(inputs, c[g]), w + g * 2 * kPanelRows);
+      }
+    }
+  }
+  for (int m = 0; m < Rows; ++m) {
+    float* out = tile + m * kTileWidth;
+    _mm512_storeu_ps(out, _mm512_add_ps(_mm512_loadu_ps(out), _mm512_add_ps(sums[m][0], sums[m][1])));
+  }
+}
+
+template <int Rows>
+inline void accumulate_rows(const uint16_t* x, int64_t rows, int64_t stride, const uint16_t* values,
+                            const uint32_t* indices, int64_t begin, int64_t end, int last, float* tile) {
+  int64_t m = 0;
+  for (; m + Rows <= rows; m += Rows)
+    accumulate<Rows>(x + m * stride, stride, values, indices, begin, end, last, tile + m * kTileWidth);
+  if constexpr (Rows > 1) {
+    if (m < rows)
+      accumulate_rows<Rows / 2>(x + m * stride, rows - m, stride, values, indices, begin, end, last, tile + m * kTileWidth);
+  }
+}
+
+void tile_pairs(const uint16_t* x, int64_t rows, int64_t K, const uint16_t* values, const uint32_t* indices, int panels,
+                float* tile) {
+  const int64_t groups = K / 4, words = (groups + 7) / 8, stride = words * 32;
+  for (int64_t begin = 0; begin < words; begin += kBlockColumns / 32) {
+    const int64_t end = begin + kBlockColumns / 32 < words ? begin + kBlockColumns / 32 : words;
+    const int last = end == words ? static_cast<int>(groups - 8 * (words - 1)) : 8;
+    for (int p = 0; p < panels; ++p)
+      accumulate_rows<kRows>(x, rows, stride, values + p * groups * 2 * kPanelRows, indices + p * words * kPanelRows, begin,
+                             end, last, tile + p * kPanelRows);
+  }
+}
+
+void round_rows(const float* x, int64_t rows, int64_t K, uint16_t* rounded) {
+  const int64_t stride = (K + 31) / 32 * 32;
+  for (int64_t m = 0; m < rows; ++m)
+    for (int64_t k = 0; k < stride; k += 16) {
+      const int64_t left = K - k;
+      const __mmask16 mask = left >= 16 ? 0xffff : left > 0 ? (1u << left) - 1 : 0;
+      const __m256bh bf16 = _mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(mask, x + m * K + k));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(rounded + m * stride + k), (__m256i)bf16);
+    }
+}
+
+}  // namespace
+
+const PairKernels kPairsAvx512 = {tile_pairs, round_rows};
+
+}  // namespace cast24
+#endif
