@@ -19,7 +19,8 @@ def test_portable_and_packed_operators_agree(batch: int, dtype: torch.dtype) -> 
     layer = random_layer(576, 576, dtype)
     x, bias = torch.randn(batch, 576), torch.randn(576)
     y = ops.linear_packed(x, *prepack(layer.values, layer.bitmask), 576, bias)
-    seen = x.to(dtype) if cast_serve.kernels.isa() == "avx512bf16" else x  # that one rounds inputs to bf16 for bf16 weights
+    rounds = cast_serve.kernels.isa() == "avx512bf16"  # inputs to bf16, for bf16 weights
+    seen = x.to(dtype) if rounds else x
     assert_close(y, seen, layer.dense, bias)
     assert torch.equal(y, ops.linear(x, layer.values, layer.bitmask, None, bias))
 
