@@ -79,7 +79,9 @@ def test_every_family_packs_and_verifies(name, tmp_path):
     assert report.logits_tokens > 0
     tokens = torch.tensor([[3, 1, 4, 1, 5]])
     with torch.no_grad():
-        assert torch.equal(dense_model(load_packed(tmp_path / "packed"))(tokens).logits, model(tokens).logits)
+        ours = dense_model(load_packed(tmp_path / "packed"))(tokens).logits
+        # Not bit for bit: where weights lie in memory decides how the matrix library sums. `verify` sees to that.
+        torch.testing.assert_close(ours, model(tokens).logits, rtol=1e-5, atol=1e-6)
 
 
 def test_the_format_is_as_documented(source, packed):
