@@ -22,10 +22,11 @@ import torch
 
 from cast_serve.kernels import library
 from conversion.errors import InputError
+from conversion.quantization.formats import GROUP_SIZES
+from conversion.quantized_panel import ROW_SCALE_GROUP
 
 PANEL_ROWS = 16
 HUGE_PAGE = 2 << 20
-GROUP_SIZES = (32, 64, 128, 256)
 
 
 def prepack(values: torch.Tensor, bitmask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -47,10 +48,7 @@ def prepack(values: torch.Tensor, bitmask: torch.Tensor) -> tuple[torch.Tensor, 
     if values.dim() != 2 or values.shape[1] % 4 != 0 or values.shape[1] == 0:
         raise InputError(f"prepack: values must be [N, K/2] with K a multiple of 8, not {list(values.shape)}")
     rows, columns = values.shape[0], values.shape[1] * 2
-    if bitmask.dtype != torch.uint8 or bitmask.shape != (rows, columns // 8):
-        raise InputError(
-            f"prepack: bitmask must be uint8 {[rows, columns // 8]}, not {bitmask.dtype} {list(bitmask.shape)}"
-        )
+    _check_bitmask(bitmask, rows, columns)
     values, bitmask = values.contiguous(), bitmask.contiguous()
     panels, groups = -(-rows // PANEL_ROWS), columns // 4
     bf16 = values.dtype == torch.bfloat16
@@ -87,13 +85,11 @@ def prepack_quantized(
     rows, columns = values.shape[0], values.shape[1] * 8 // bits * (1 if bitmask is None else 2)
     if columns % 8 or not values.numel():
         raise InputError(f"prepack: the number of columns must be a positive multiple of 8, not {columns}")
-    if bitmask is not None and (bitmask.dtype != torch.uint8 or bitmask.shape != (rows, columns // 8)):
-        raise InputError(
-            f"prepack: bitmask must be uint8 {[rows, columns // 8]}, not {bitmask.dtype} {list(bitmask.shape)}"
-        )
+    if bitmask is not None:
+        _check_bitmask(bitmask, rows, columns)
     if group_size is not None and group_size not in GROUP_SIZES:
         raise InputError(f"prepack: group size {group_size} has no kernel: use {', '.join(map(str, GROUP_SIZES))}")
-    scale_columns, group = group_size or columns, group_size or 128
+    scale_columns, group = group_size or columns, group_size or ROW_SCALE_GROUP
     if scale.dtype != torch.float32 or scale.shape != (rows, -(-columns // scale_columns)):
         raise InputError(
             f"prepack: scale must be float32 {[rows, -(-columns // scale_columns)]}, not {scale.dtype} "
@@ -119,6 +115,13 @@ def prepack_quantized(
     if bad >= 0:
         raise InputError(_not_two(bad, columns // 4))
     return panels, bits, group
+
+
+def _check_bitmask(bitmask: torch.Tensor, rows: int, columns: int) -> None:
+    if bitmask.dtype != torch.uint8 or bitmask.shape != (rows, columns // 8):
+        raise InputError(
+            f"prepack: bitmask must be uint8 {[rows, columns // 8]}, not {bitmask.dtype} {list(bitmask.shape)}"
+        )
 
 
 def _not_two(bad: int, groups: int) -> str:

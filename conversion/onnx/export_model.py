@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +69,6 @@ def export(
     """
     source = open_checkpoint(source_dir)
     sparse = isinstance(source, PackedCheckpoint) or source.first_violation() is None
-    quantized = value_dtype is None and isinstance(source, PackedCheckpoint) and source.quantization is not None
     dtype = _value_dtype(source, sparse, value_dtype)
     if embedding is not None and not sparse:
         raise InputError(f"{source.directory} is not 2:4, and a dense model is exported in float32 only")
@@ -78,12 +77,12 @@ def export(
         graph = stock_graph(model)
         use_paged_attention(graph, model.config)
         select_logits_rows(graph)
-        panels: list[tuple[str, ...]] = []
-        if quantized:
+        panels: Sequence[tuple[str, ...]] = []
+        if dtype in _QUANTIZED:
             assert isinstance(source, PackedCheckpoint)
-            panels = [(name,) for name in use_quantized_matmul(graph, source, float_activations=float_activations)]
+            panels = use_quantized_matmul(graph, source, float_activations=float_activations)
         elif sparse:
-            panels = [*use_sparse_matmul(graph, _VALUE_DTYPES[dtype])]
+            panels = use_sparse_matmul(graph, _VALUE_DTYPES[dtype])
         embeddings = _weight(model.get_input_embeddings()), _weight(model.get_output_embeddings())
         if embedding is not None:
             use_quantized_embedding(graph, *embeddings, embedding)
@@ -167,7 +166,7 @@ def _manifest(
     model: PreTrainedModel,
     graph: ir.Model,
     dtype: str,
-    panels: list[tuple[str, ...]],
+    panels: Sequence[tuple[str, ...]],
 ) -> dict[str, Any]:
     config = model.config
     nbytes = {tensor.name: tensor.nbytes for tensor in _weights(graph)}

@@ -4,14 +4,13 @@ import re
 
 import onnx_ir as ir
 import torch
-from torch import Tensor
 
 from conversion.errors import InputError
-from conversion.onnx.paged_attention import DOMAIN
-from conversion.onnx.sparse_matmul import block_weights, following_bias, lazy
+from conversion.onnx.sparse_matmul import block_weights, lazy, replace_matmul
 from conversion.packed_checkpoint import PackedCheckpoint
+from conversion.panel import ROWS
 from conversion.quantization.formats import Quantization, dequantize
-from conversion.quantized_panel import panel_group, to_quantized_panels
+from conversion.quantized_panel import panel_bytes, panel_group, to_quantized_panels
 
 # The builder's names of a block's linears -> the checkpoint's, whose rows follow one another.
 _LLAMA = {
@@ -41,8 +40,8 @@ _SOURCES: dict[str, dict[str, tuple[str, ...]]] = {
 }
 
 
-def use_quantized_matmul(model: ir.Model, source: PackedCheckpoint, *, float_activations: bool) -> list[str]:
-    """Replace the MatMul of every packed linear, in place; return the names of the panels' initializers.
+def use_quantized_matmul(model: ir.Model, source: PackedCheckpoint, *, float_activations: bool) -> list[tuple[str]]:
+    """Replace the MatMul of every packed linear, in place; return the name of each one's initializer, of its panels.
 
     Args:
         model: a graph whose in-scope weights [K, N] are those of `source`, dequantized.
@@ -58,18 +57,9 @@ def use_quantized_matmul(model: ir.Model, source: PackedCheckpoint, *, float_act
         panels = _Panels(weight, source, sources)
         value = panels.initializer()
         graph.register_initializer(value)
-        names.append(str(value.name))
-        last, bias = following_bias(node)
+        names.append((str(value.name),))
         attributes = {**panels.attributes(), "float_activations": int(float_activations)}
-        sparse = ir.node(
-            "Sparse24MatMulNBits",
-            [node.inputs[0], value, bias],
-            attributes,
-            domain=DOMAIN,
-            name=str(node.name).replace("MatMul", "Sparse24MatMulNBits"),
-        )
-        old = [node] if last is node else [last, node]
-        ir.convenience.replace_nodes_and_values(graph, last, old, [sparse], [last.outputs[0]], [sparse.outputs[0]])
+        replace_matmul(graph, node, "Sparse24MatMulNBits", [value], attributes)
     return names
 
 
@@ -102,17 +92,9 @@ class _Panels:
 
     def initializer(self) -> ir.Value:
         """A graph value of the panels, still to be made."""
-        shape = list(to_quantized_panels(*self._empty(), self._quantization).shape)
-        shape[0] = -(-self.rows // 16)
-        return lazy(
-            f"{str(self._weight.name).removesuffix('MatMul.weight')}panels", ir.DataType.UINT8, shape, self._make
-        )
-
-    def _empty(self) -> tuple[Tensor, Tensor, Tensor]:
-        """One row of this linear, to know how long a panel is."""
-        stored = torch.zeros(self._quantization.stored_shape(1, self.columns), dtype=self._quantization.values.dtype)
-        bitmask = torch.full((1, self.columns // 8), 0x33, dtype=torch.uint8)
-        return stored, bitmask, torch.ones(1, self._quantization.groups(self.columns))
+        shape = [-(-self.rows // ROWS), panel_bytes(self.columns, self._quantization)]
+        name = f"{str(self._weight.name).removesuffix('MatMul.weight')}panels"
+        return lazy(name, ir.DataType.UINT8, shape, self._make)
 
     def _make(self) -> ir.TensorProtocol:
         parts = [(*self._source.packed(layer), self._source.scale(layer)) for layer in self._layers]

@@ -1,6 +1,6 @@
 """Rewrite 3: MatMul with a 2:4 weight -> cast24::Sparse24MatMul with panels."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import onnx_ir as ir
 import torch
@@ -34,16 +34,10 @@ def use_sparse_matmul(model: ir.Model, value_dtype: torch.dtype) -> list[tuple[s
         graph.register_initializer(values)
         graph.register_initializer(indices)
         replaced.append((str(values.name), str(indices.name)))
-        last, bias = following_bias(node)
-        sparse = ir.node(
-            "Sparse24MatMul",
-            [node.inputs[0], values, indices, bias],
-            {"N": rows, "K": columns, "value_dtype": str(value_dtype).removeprefix("torch.")},
-            domain=DOMAIN,
-            name=str(node.name).replace("MatMul", "Sparse24MatMul"),
+        dtype = str(value_dtype).removeprefix("torch.")
+        replace_matmul(
+            graph, node, "Sparse24MatMul", [values, indices], {"N": rows, "K": columns, "value_dtype": dtype}
         )
-        old = [node] if last is node else [last, node]
-        ir.convenience.replace_nodes_and_values(graph, last, old, [sparse], [last.outputs[0]], [sparse.outputs[0]])
     return replaced
 
 
@@ -58,7 +52,23 @@ def block_weights(graph: ir.Graph) -> list[tuple[ir.Node, ir.TensorProtocol]]:
     return found
 
 
-def following_bias(matmul: ir.Node) -> tuple[ir.Node, ir.Value | None]:
+def replace_matmul(
+    graph: ir.Graph, matmul: ir.Node, operator: str, weights: list[ir.Value], attributes: Mapping[str, int | str]
+) -> None:
+    """Put a cast24 operator in the place of `matmul`; it takes over a bias added right after it."""
+    last, bias = _following_bias(matmul)
+    sparse = ir.node(
+        operator,
+        [matmul.inputs[0], *weights, bias],
+        attributes,
+        domain=DOMAIN,
+        name=str(matmul.name).replace("MatMul", operator),
+    )
+    old = [matmul] if last is matmul else [last, matmul]
+    ir.convenience.replace_nodes_and_values(graph, last, old, [sparse], [last.outputs[0]], [sparse.outputs[0]])
+
+
+def _following_bias(matmul: ir.Node) -> tuple[ir.Node, ir.Value | None]:
     """The Add of a bias vector that alone consumes a MatMul, with the bias; else the MatMul itself and None."""
     uses = list(matmul.outputs[0].uses())
     if len(uses) == 1 and uses[0].node.op_type == "Add":

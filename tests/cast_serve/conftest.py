@@ -1,10 +1,26 @@
 """Fixtures that more than one module of these tests uses."""
 
+from collections.abc import Iterator
+
 import pytest
 
+from cast_serve import kernels
+from conversion.errors import InputError
 from tests.cast_serve.tiny_llama import Tiny
 
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     return Tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(params=kernels.ISAS)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each instruction set of the kernel library that this machine has, in use during the test."""
+    best = kernels.isa()
+    try:
+        kernels.set_isa(request.param)
+    except InputError:
+        pytest.skip(f"this machine has no {request.param}")
+    yield request.param
+    kernels.set_isa(best)

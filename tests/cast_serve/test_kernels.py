@@ -4,7 +4,7 @@ import ctypes
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -22,17 +22,6 @@ ROWS = [1, 33, 576]
 
 PARALLEL_FOR = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
 TASK = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
-
-
-@pytest.fixture(params=kernels.ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    best = kernels.isa()
-    try:
-        kernels.set_isa(request.param)
-    except InputError:
-        pytest.skip(f"this machine has no {request.param}")
-    yield request.param
-    kernels.set_isa(best)
 
 
 def pointer(tensor: torch.Tensor | None) -> ctypes.c_void_p:

@@ -1,7 +1,6 @@
 """The ONNX Runtime custom ops against float64 numpy, for every instruction set that this CPU has."""
 
-import ctypes
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 from onnx import TensorProto, helper
 
 from cast_serve.engine.library import executed
-from cast_serve.kernels import ISAS, library_path, prepack_quantized
+from cast_serve.kernels import library_path, prepack_quantized
 from tests.cast_serve.test_quantized_kernels import FORMATS, quantized_layer
 
 ELEMENT_TYPES = {
@@ -22,17 +21,6 @@ ELEMENT_TYPES = {
     "int32": TensorProto.INT32,
     "uint32": TensorProto.UINT32,
 }
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    library = ctypes.CDLL(str(library_path()))
-    library.cast24_isa.restype = ctypes.c_char_p
-    before = library.cast24_isa()
-    if library.cast24_set_isa(request.param.encode()) != 0:
-        pytest.skip(f"this CPU has no {request.param}")
-    yield request.param
-    library.cast24_set_isa(before)
 
 
 def op_session(

@@ -1,32 +1,21 @@
 """Quantized weights in the kernel library: every instruction set of this machine against float64."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
-from cast_serve import kernels
 from cast_serve.kernels import prepack_quantized
 from conversion.errors import InputError
 from conversion.quantization.formats import INT4, INT8, Quantization, dequantize, encode
 from tests.cast_serve.sparse_layers import random_layer
+from tests.cast_serve.test_kernels import assert_close
 
 BATCHES = [1, 3, 8, 17, 70]
 SHAPES = [(1, 8), (33, 40), (80, 576)]
 FORMATS = [Quantization(INT8, None), Quantization(INT8, 32), Quantization(INT4, 64), Quantization(INT4, 128)]
 linear = torch.ops.cast24.linear_quantized
-
-
-@pytest.fixture(params=kernels.ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    best = kernels.isa()
-    try:
-        kernels.set_isa(request.param)
-    except InputError:
-        pytest.skip(f"this machine has no {request.param}")
-    yield request.param
-    kernels.set_isa(best)
 
 
 def quantized_layer(
@@ -49,13 +38,6 @@ def exactly_rounded(batch: int, columns: int, group: int) -> Tensor:
     integers = torch.randint(-127, 128, (batch, groups, group)).float()
     integers[..., :8] = 127 * torch.where(torch.rand(batch, groups, 8) < 0.5, -1, 1)
     return (integers * 2.0 ** torch.randint(-9, 3, (batch, groups, 1))).flatten(1)[:, :columns].contiguous()
-
-
-def assert_close(y: Tensor, x: Tensor, dense: Tensor, bias: Tensor | None) -> None:
-    """Within a few float32 roundings, relative to the sum of magnitudes."""
-    expected = x.double() @ dense.T + (0 if bias is None else bias.double())
-    scale = x.double().abs() @ dense.abs().T + 1
-    assert ((y.double() - expected).abs() / scale).max() < 1e-6
 
 
 @pytest.mark.parametrize("sparse", [True, False])

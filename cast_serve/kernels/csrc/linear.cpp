@@ -8,13 +8,12 @@
 
 #include "cast24.h"
 #include "isa.h"
+#include "output_tile.h"
 #include "panel.h"
 #include "parallel.h"
 
 namespace cast24 {
 namespace {
-
-constexpr int64_t kTileRows = 64;  // most rows of x in a tile: its sums stay in the first-level cache
 
 // Rows of x, and the same rounded to bf16 where the CPU multiplies pairs of bf16 weights by those.
 struct Rows {
@@ -49,13 +48,8 @@ Rows rows_of(const Isa& isa, const float* x, int64_t M, int64_t K, cast24_parall
 template <class T>
 void linear_tile(const Isa& isa, const Rows& x, const T* values, const uint32_t* indices, int panels, const float* bias,
                  float* y, int64_t row, int64_t rows, int64_t first, int64_t N) {
-  alignas(64) float tile[kTileRows * kTileWidth];
-  const int64_t width = panels * kPanelRows, outputs = std::min(N - first, width);
-  for (int64_t m = 0; m < rows; ++m)
-    for (int64_t n = 0; n < width; ++n) tile[m * kTileWidth + n] = bias && n < outputs ? bias[first + n] : 0.0f;
-  x.multiply(isa, row, rows, values, indices, panels, tile);
-  for (int64_t m = 0; m < rows; ++m)
-    for (int64_t n = 0; n < outputs; ++n) y[(row + m) * N + first + n] = tile[m * kTileWidth + n];
+  with_tile(bias, y, row, rows, first, panels * kPanelRows, N,
+            [&](float* tile) { x.multiply(isa, row, rows, values, indices, panels, tile); });
 }
 
 template <class T>

@@ -10,11 +10,6 @@
 namespace cast24 {
 namespace {
 
-// Bits of a nibble with exactly two set, as slot 0's column | slot 1's column << 2; 0xff for any other nibble.
-constexpr uint8_t kColumns[16] = {0xff, 0xff, 0xff, 0 | 1 << 2, 0xff,       0 | 2 << 2, 1 | 2 << 2, 0xff,
-                                  0xff, 0 | 3 << 2, 1 | 3 << 2, 0xff, 2 | 3 << 2, 0xff, 0xff, 0xff};
-constexpr uint32_t kPadding = 0x44444444;  // columns 0 and 1 in all eight groups of a word
-
 inline int64_t slot_offset(float, int64_t group, int row, int slot) { return (group * 2 + slot) * kPanelRows + row; }
 inline int64_t slot_offset(uint16_t, int64_t group, int row, int slot) { return (group * kPanelRows + row) * 2 + slot; }
 
@@ -31,7 +26,7 @@ int64_t pack_panel(const T* values, const uint8_t* bitmask, int64_t N, int64_t K
     const uint8_t* mask = bitmask + (first_row + row) * (K / 8);
     for (int64_t g = 0; g < groups; ++g) {
       const uint32_t columns = kColumns[mask[g / 2] >> 4 * (g % 2) & 15];
-      if (columns == 0xff) return (first_row + row) * groups + g;
+      if (columns == kNoPair) return (first_row + row) * groups + g;
       uint32_t& word = panel_indices[g / 8 * kPanelRows + row];
       word = (word & ~(15u << 4 * (g % 8))) | columns << 4 * (g % 8);
       panel_values[slot_offset(T(), g, row, 0)] = source[2 * g];

@@ -9,6 +9,8 @@
 #include "cast24.h"
 #include "huge_pages.h"
 #include "isa.h"
+#include "output_tile.h"
+#include "panel.h"
 #include "parallel.h"
 
 namespace cast24 {
@@ -21,10 +23,6 @@ QuantizedLayout quantized_layout(int bits, bool sparse, int64_t K, int64_t group
 }
 
 namespace {
-
-constexpr int64_t kTileRows = 64;  // most rows of x in a tile
-constexpr uint32_t kColumns[16] = {0, 0, 0, 0 | 1 << 2, 0, 0 | 2 << 2, 1 | 2 << 2, 0, 0, 0 | 3 << 2, 1 | 3 << 2, 0, 2 | 3 << 2,
-                                   0, 0, 0};  // as in prepack.cpp; 0 is no pair
 
 // The words of a panel, group after group.
 template <class Byte, class F>
@@ -61,8 +59,8 @@ inline int8_t stored(int bits, const uint8_t* row, int64_t i) {
 }
 
 // Rows first_row .. first_row + 15 (zero rows beyond N). Returns as cast24_prepack_quantized does.
-int64_t pack_panel(const QuantizedLayout& layout, const uint8_t* values, const uint8_t* bitmask, const float* scale,
-                   int64_t scale_columns, int64_t N, int64_t first_row, uint8_t* panel) {
+int64_t pack_quantized_panel(const QuantizedLayout& layout, const uint8_t* values, const uint8_t* bitmask,
+                             const float* scale, int64_t scale_columns, int64_t N, int64_t first_row, uint8_t* panel) {
   memset(panel, 0, layout.panel_bytes);
   const int64_t K = layout.K, kept = layout.sparse ? K / 2 : K, scales = (K + scale_columns - 1) / scale_columns;
   int64_t bad = -1;
@@ -70,7 +68,7 @@ int64_t pack_panel(const QuantizedLayout& layout, const uint8_t* values, const u
     float* row_scale = reinterpret_cast<float*>(header);
     int16_t* sum = reinterpret_cast<int16_t*>(header + kGroupSums);
     for (int row = 0; row < kPanelRows; ++row) {
-      if (layout.sparse) reinterpret_cast<uint32_t*>(at)[row] = 0x44444444;  // columns 0 and 1
+      if (layout.sparse) reinterpret_cast<uint32_t*>(at)[row] = kPadding;
       if (first_row + row >= N) continue;
       row_scale[row] = scale[(first_row + row) * scales + g * layout.group / scale_columns];
       const uint8_t* source = values + (first_row + row) * (kept * layout.bits / 8);
@@ -80,9 +78,9 @@ int64_t pack_panel(const QuantizedLayout& layout, const uint8_t* values, const u
         const int64_t column = word * kWordColumns + block * width;
         if (layout.sparse) {
           const uint8_t mask = bitmask[((first_row + row) * K + column) / 8];
-          const uint32_t pairs = kColumns[mask & 15] | kColumns[mask >> 4] << 4;
+          const uint32_t pairs = (kColumns[mask & 15] | kColumns[mask >> 4] << 4) & 255;
           for (int half = 0; half < 2; ++half)
-            if (kColumns[mask >> 4 * half & 15] == 0 && bad < 0) bad = ((first_row + row) * K + column) / 4 + half;
+            if (kColumns[mask >> 4 * half & 15] == kNoPair && bad < 0) bad = ((first_row + row) * K + column) / 4 + half;
           uint32_t& index = reinterpret_cast<uint32_t*>(at)[row];
           index = (index & ~(255u << 8 * block)) | pairs << 8 * block;
         }
@@ -95,18 +93,6 @@ int64_t pack_panel(const QuantizedLayout& layout, const uint8_t* values, const u
     }
   });
   return bad;
-}
-
-// What a tile writes into and where it goes; as in linear.cpp.
-template <class F>
-void with_tile(const float* bias, float* y, int64_t row, int64_t rows, int64_t first, int64_t N, const F& f) {
-  alignas(64) float tile[kTileRows * kTileWidth];
-  const int64_t outputs = std::min<int64_t>(N - first, kPanelRows);
-  for (int64_t m = 0; m < rows; ++m)
-    for (int64_t n = 0; n < kPanelRows; ++n) tile[m * kTileWidth + n] = bias && n < outputs ? bias[first + n] : 0.0f;
-  f(tile);
-  for (int64_t m = 0; m < rows; ++m)
-    for (int64_t n = 0; n < outputs; ++n) y[(row + m) * N + first + n] = tile[m * kTileWidth + n];
 }
 
 void linear_rounded(const QuantizedLayout& layout, const float* x, const uint8_t* panels, const float* bias, float* y,
@@ -123,7 +109,7 @@ void linear_rounded(const QuantizedLayout& layout, const float* x, const uint8_t
   parallel_for(run, pool, count * chunks, M * N * layout.K / 2, [&](int64_t begin, int64_t end) {
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t panel = unit / chunks, row = unit % chunks * kTileRows, rows = std::min(M - row, kTileRows);
-      with_tile(bias, y, row, rows, panel * kPanelRows, N, [&](float* tile) {
+      with_tile(bias, y, row, rows, panel * kPanelRows, kPanelRows, N, [&](float* tile) {
         kernels.tile({q.get() + row * stride, scale.get() + row * layout.groups}, rows, layout,
                      panels + panel * layout.panel_bytes, tile);
       });
@@ -150,7 +136,7 @@ void linear_float_sparse(const QuantizedLayout& layout, const float* x, const ui
       });
       for (int64_t row = 0; row < M; row += kTileRows) {
         const int64_t rows = std::min(M - row, kTileRows);
-        with_tile(bias, y, row, rows, panel * kPanelRows, N, [&](float* tile) {
+        with_tile(bias, y, row, rows, panel * kPanelRows, kPanelRows, N, [&](float* tile) {
           isa.tile_f32(x + row * layout.K, rows, layout.K, values.get(), indices.get(), 1, tile);
         });
       }
@@ -198,8 +184,8 @@ int64_t cast24_prepack_quantized(const uint8_t* values, const uint8_t* bitmask, 
   const cast24::QuantizedLayout layout = cast24::quantized_layout(bits, bitmask != nullptr, K, group);
   cast24::advise_huge_pages(panels, (N + cast24::kPanelRows - 1) / cast24::kPanelRows * layout.panel_bytes);
   for (int64_t row = 0; row < N; row += cast24::kPanelRows) {
-    const int64_t bad = cast24::pack_panel(layout, values, bitmask, scale, scale_columns, N, row,
-                                           panels + row / cast24::kPanelRows * layout.panel_bytes);
+    const int64_t bad = cast24::pack_quantized_panel(layout, values, bitmask, scale, scale_columns, N, row,
+                                                     panels + row / cast24::kPanelRows * layout.panel_bytes);
     if (bad >= 0) return bad;
   }
   return -1;
