@@ -6,7 +6,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from conversion.checkpoint import Checkpoint
 from conversion.errors import InputError
@@ -43,18 +45,40 @@ def dense_model(
     Raises:
         InputError: a tensor is missing, unexpected, damaged or of another shape than config.json implies.
     """
-    config = dense_config(checkpoint)
-    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     tensors = {name: checkpoint.tensor(name) for name in checkpoint.names}
     if linear_dtype is not None:
         tensors |= {name: tensors[name].to(linear_dtype) for name in checkpoint.scope}
+    return model_of(checkpoint, tensors, dtype or checkpoint.dtype)
+
+
+def model_of(
+    checkpoint: Checkpoint | PackedCheckpoint,
+    tensors: dict[str, Tensor],
+    dtype: torch.dtype,
+    quantizer: QuantizationConfigMixin | None = None,
+) -> PreTrainedModel:
+    """Build the causal language model of a checkpoint from `tensors`, in evaluation mode on the CPU.
+
+    Args:
+        checkpoint: whose config and family the model follows.
+        tensors: by the names that they have in the dense checkpoint.
+        dtype: of the floating weights.
+        quantizer: config of a quantizer registered with transformers, which puts other modules into the model before
+            `tensors` are loaded into it.
+
+    Raises:
+        InputError: a tensor is missing, or of another shape than config.json implies.
+    """
+    config = dense_config(checkpoint)
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     with _quiet_loading():
         try:
             model, info = model_class.from_pretrained(
                 None,
                 config=config,
                 state_dict=tensors,
-                dtype=dtype or checkpoint.dtype,
+                dtype=dtype,
+                quantization_config=quantizer,
                 output_loading_info=True,
             )
         except RuntimeError as error:

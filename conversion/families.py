@@ -59,6 +59,15 @@ def family_of(model_type: str) -> Family:
         ) from None
 
 
+def place_in_blocks(family: Family, name: str) -> str:
+    """'model.layers.0.mlp.up_proj' -> '0.mlp.up_proj', which lacks the prefix that checkpoints differ in.
+
+    Names outside the blocks stay as they are.
+    """
+    match = family.block.match(name)
+    return name if match is None else match.group().split(".")[-2] + "." + name[match.end() :]
+
+
 def in_scope(family: Family, name: str, shape: Sequence[int]) -> bool:
     """Tell whether checkpoint tensor `name` is a linear weight that CAST makes 2:4.
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from conversion.checkpoint import Checkpoint
 from conversion.dense_model import context_length, dense_model
 from conversion.errors import InputError
-from conversion.families import Family
+from conversion.families import place_in_blocks
 from conversion.quantization.formats import Quantization
 from conversion.quantization.quantize import quantize_model
 from conversion.text import read_documents
@@ -70,11 +70,6 @@ def calibration_sequences(
 
 def scope_modules(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, nn.Module]:
     """The model's linears by the checkpoint's tensor names, which may lack the base model's prefix."""
-    by_block = {_from_block(checkpoint.family, f"{name}.weight"): module for name, module in model.named_modules()}
-    return {name: by_block[_from_block(checkpoint.family, name)] for name in checkpoint.scope}
-
-
-def _from_block(family: Family, name: str) -> str:
-    """'model.layers.0.mlp.up_proj.weight' -> '0.mlp.up_proj.weight'; other names as they are."""
-    match = family.block.match(name)
-    return name if match is None else match.group().split(".")[-2] + "." + name[match.end() :]
+    family = checkpoint.family
+    by_place = {place_in_blocks(family, f"{name}.weight"): module for name, module in model.named_modules()}
+    return {name: by_place[place_in_blocks(family, name)] for name in checkpoint.scope}

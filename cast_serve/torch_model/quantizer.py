@@ -1,0 +1,59 @@
+"""How transformers is told to build a model with packed linears: as a quantization method of its own."""
+
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from cast_serve.torch_model.modules import QuantizedLinear, SparseLinear
+from conversion.families import family_of, place_in_blocks
+from conversion.packed_checkpoint import QUANT_METHOD
+
+
+@register_quantization_config(QUANT_METHOD)
+class PackedConfig(QuantizationConfigMixin):
+    """What the quantizer must know of a packed checkpoint.
+
+    Attributes:
+        sparse_layers: its packed linears, by their place in the blocks.
+        quantized: whether their values are.
+    """
+
+    def __init__(self, sparse_layers: list[str], quantized: bool) -> None:
+        self.quant_method: Any = QUANT_METHOD
+        self.sparse_layers = sparse_layers
+        self.quantized = quantized
+
+
+@register_quantizer(QUANT_METHOD)
+class PackedQuantizer(HfQuantizer):
+    """Puts empty packed linears in the place of dense ones while the model has no weights yet."""
+
+    quantization_config: PackedConfig
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
+        family, sparse = family_of(model.config.model_type), set(self.quantization_config.sparse_layers)
+        kind = QuantizedLinear if self.quantization_config.quantized else SparseLinear
+        for name, module in list(model.named_modules()):
+            if place_in_blocks(family, name) in sparse:
+                assert isinstance(module, nn.Linear | Conv1D)
+                model.set_submodule(name, kind(*_features(module), bias=module.bias is not None))
+                # GPT-2 would initialize the weight that it expects in there.
+                model.get_submodule(name.rpartition(".")[0])._is_hf_initialized = True  # type: ignore[assignment]
+        return model
+
+    def is_serializable(self) -> bool:
+        return False
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+
+def _features(module: nn.Linear | Conv1D) -> tuple[int, int]:
+    """(K, N)."""
+    return (module.in_features, module.out_features) if isinstance(module, nn.Linear) else (module.nx, module.nf)
