@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from conversion.errors import InputError
-from conversion.families import Family, family_of, in_scope
+from conversion.families import LM_HEAD, Family, family_of, in_scope, is_embedding
 from conversion.model_config import read_config
 from conversion.packed import pack24
 from conversion.shards import Shards
@@ -72,6 +72,11 @@ class Checkpoint:
         ]
 
     @property
+    def embedding_tensors(self) -> list[str]:
+        """Names of the token embedding and, where it is stored, of lm_head."""
+        return [name for name in self.names if is_embedding(self.family, name)]
+
+    @property
     def names(self) -> list[str]:
         """Names of all tensors."""
         return list(self.shards.infos)
@@ -131,7 +136,7 @@ def check_complete(
         raise InputError(f"{directory} holds {len(blocks)} of {layers} layers: copy or make the checkpoint again")
     outside = {".".join(name.split(".")[-2:]) for name in names}
     tied = config.get("tie_word_embeddings", family.ties_embeddings)
-    for expected in (*family.outside, *(() if tied else ("lm_head.weight",))):
+    for expected in (family.embedding, *family.outside, *(() if tied else (LM_HEAD,))):
         if expected not in outside:
             raise _missing(expected, directory)
     first = {part: name for block in reversed(blocks.values()) for part, name in block.items()}

@@ -57,9 +57,7 @@ def convert(
     ] = None,
     embedding: Annotated[
         EmbeddingDtype | None,
-        typer.Option(
-            help="Quantize embedding and lm_head of a 2:4 model (onnx only). Default: as the source has them."
-        ),
+        typer.Option(help="Quantize embedding and lm_head too, rounding to nearest. Default: as the source has them."),
     ] = None,
     float_activations: Annotated[
         bool,
@@ -79,16 +77,17 @@ def convert(
     Example: cast convert my-2of4-model my-packed-model --verify
 
     With --quantize the kept values become integers or 8-bit floats: cast convert my-2of4-model my-int4-model --quantize
-    int4 --calibration train.jsonl
+    int4 --embedding int8 --calibration train.jsonl
     """
     from conversion.errors import InputError
     from conversion.quantization.formats import Quantization
 
     dtype = None if value_dtype is None else value_dtype.value
+    dense_quantization = None if embedding is None else Quantization.named(embedding.value)
     if quantize is None and (group_size is not None or calibration):
         raise InputError("--group-size and --calibration are for quantized values: name a format with --quantize")
-    if to is Target.packed and (embedding is not None or float_activations):
-        raise InputError("--embedding and --float-activations are for what the CPU engine runs: add --to onnx")
+    if to is Target.packed and float_activations:
+        raise InputError("--float-activations is for what the CPU engine runs: add --to onnx")
     if to is Target.onnx:
         if verify:
             raise InputError("--verify checks packed checkpoints: convert with --to packed --verify first")
@@ -101,7 +100,7 @@ def convert(
             out,
             dtype,
             float_activations=float_activations,
-            embedding=None if embedding is None else Quantization.named(embedding.value),
+            embedding=dense_quantization,
             overwrite=overwrite,
             show_progress=True,
         )
@@ -115,6 +114,7 @@ def convert(
             dtype,
             quantization=quantization,
             calibration=calibration or (),
+            embedding=dense_quantization,
             overwrite=overwrite,
             show_progress=True,
         )

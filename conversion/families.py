@@ -17,18 +17,22 @@ class Family:
 
     Attributes:
         block: pattern that a tensor name inside a transformer block starts with.
+        embedding: last part of the token embedding's name.
         transposed: True where checkpoints store weights as [in, out] (GPT-2's Conv1D) instead of [out, in].
-        outside: last parts of the names of the tensors outside the blocks, lm_head apart.
+        outside: last parts of the names of the other tensors outside the blocks, lm_head apart.
         ties_embeddings: whether lm_head shares the embedding where config.json does not say.
     """
 
     block: re.Pattern[str]
+    embedding: str
     outside: tuple[str, ...]
     transposed: bool = False
     ties_embeddings: bool = False
 
 
-_LLAMA = Family(re.compile(r"(model\.)?layers\.\d+\."), ("embed_tokens.weight", "norm.weight"))
+_LLAMA = Family(re.compile(r"(model\.)?layers\.\d+\."), "embed_tokens.weight", ("norm.weight",))
+
+LM_HEAD = "lm_head.weight"
 
 FAMILIES: dict[str, Family] = {
     "llama": _LLAMA,
@@ -37,13 +41,15 @@ FAMILIES: dict[str, Family] = {
     "qwen3": _LLAMA,
     "gpt2": Family(
         re.compile(r"(transformer\.)?h\.\d+\."),
-        ("wte.weight", "wpe.weight", "ln_f.weight", "ln_f.bias"),
+        "wte.weight",
+        ("wpe.weight", "ln_f.weight", "ln_f.bias"),
         transposed=True,
         ties_embeddings=True,
     ),
     "opt": Family(
         re.compile(r"(model\.)?(decoder\.)?layers\.\d+\."),
-        ("embed_tokens.weight", "embed_positions.weight"),
+        "embed_tokens.weight",
+        ("embed_positions.weight",),
         ties_embeddings=True,
     ),
 }
@@ -66,6 +72,11 @@ def place_in_blocks(family: Family, name: str) -> str:
     """
     match = family.block.match(name)
     return name if match is None else match.group().split(".")[-2] + "." + name[match.end() :]
+
+
+def is_embedding(family: Family, name: str) -> bool:
+    """Tell whether checkpoint tensor `name` is the token embedding or lm_head."""
+    return name == LM_HEAD or f".{name}".endswith(f".{family.embedding}")
 
 
 def in_scope(family: Family, name: str, shape: Sequence[int]) -> bool:

@@ -41,6 +41,8 @@ def print_info(info: DirectoryInfo, console: Console) -> None:
     else:
         totals.add_row("packed linears", decimal(info.linear_packed_bytes))
     totals.add_row("everything else", decimal(info.other_bytes))
+    if info.embedding_dtype is not None:
+        totals.add_row("embedding", info.embedding_dtype)
     if info.packed_ratio is not None:
         totals.add_row("whole model packed / dense", f"{info.packed_ratio:.3f}")
     console.print(totals)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from conversion.checkpoint import Checkpoint
 from conversion.errors import InputError
+from conversion.families import LM_HEAD
 from conversion.model_config import read_config
 from conversion.packed import VALUES_SUFFIX
 from conversion.packed_checkpoint import PackedCheckpoint, open_checkpoint
@@ -47,6 +48,7 @@ class DirectoryInfo:
         kind: "dense", "2:4 stored dense", "packed 2:4", "onnx dense" or "onnx 2:4".
         model_type: the family of config.json.
         value_dtype: dtypes of the blocks' linears.
+        embedding_dtype: dtype of the token embedding; None for ONNX directories.
         layers: every linear in the scope of CAST; empty for ONNX directories.
         sparsity: share of zeros over all layers; None for ONNX directories.
         violations: groups with more than two nonzeros over all layers.
@@ -61,6 +63,7 @@ class DirectoryInfo:
     kind: str
     model_type: str
     value_dtype: str
+    embedding_dtype: str | None
     layers: list[LayerInfo]
     sparsity: float | None
     violations: int
@@ -110,6 +113,7 @@ def inspect_directory(directory: str | Path, *, show_progress: bool = False) -> 
         kind="packed 2:4" if packed else "dense" if violations else "2:4 stored dense",
         model_type=checkpoint.config["model_type"],
         value_dtype=", ".join(sorted({_value_dtype(checkpoint, name) for name in checkpoint.scope})),
+        embedding_dtype=_embedding_dtype(checkpoint),
         layers=layers,
         sparsity=sum(layer.sparsity * layer.shape[0] * layer.shape[1] for layer in layers) / weights,
         violations=violations,
@@ -126,6 +130,13 @@ def _value_dtype(checkpoint: Checkpoint | PackedCheckpoint, name: str) -> str:
         return checkpoint.quantization.values.name
     stored = name.removesuffix(".weight") + VALUES_SUFFIX if isinstance(checkpoint, PackedCheckpoint) else name
     return str(checkpoint.shards.info(stored).dtype).removeprefix("torch.")
+
+
+def _embedding_dtype(checkpoint: Checkpoint | PackedCheckpoint) -> str:
+    if isinstance(checkpoint, PackedCheckpoint) and checkpoint.embedding is not None:
+        return checkpoint.embedding.values.name
+    embedding = next(name for name in checkpoint.embedding_tensors if name != LM_HEAD)
+    return str(checkpoint.shards.info(embedding).dtype).removeprefix("torch.")
 
 
 def _inspect_layer(checkpoint: Checkpoint | PackedCheckpoint, name: str) -> LayerInfo:
@@ -158,6 +169,7 @@ def _inspect_onnx(directory: Path) -> DirectoryInfo:
         kind=f"onnx {pattern}",
         model_type=read_config(directory)["model_type"],
         value_dtype=value_dtype,
+        embedding_dtype=None,
         layers=[],
         sparsity=None,
         violations=0,

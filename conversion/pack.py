@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -12,10 +12,11 @@ from torch import Tensor
 from conversion.atomic import new_directory
 from conversion.checkpoint import COMPANION_FILES, Checkpoint
 from conversion.errors import InputError
+from conversion.families import is_embedding
 from conversion.packed import BITMASK_SUFFIX, PATTERN, SCALE_SUFFIX, VALUES_SUFFIX, kept_columns, pack24
 from conversion.packed_checkpoint import QUANT_METHOD, VALUE_DTYPES, VERSION
 from conversion.progress import byte_progress
-from conversion.quantization.formats import FORMATS, Quantization, encode
+from conversion.quantization.formats import FORMATS, INT4, INT8, Quantization, encode
 from conversion.shards import INDEX, ShardWriter
 
 FLOAT_DTYPES = {name: dtype for name, dtype in VALUE_DTYPES.items() if name not in FORMATS}
@@ -26,17 +27,19 @@ Codes = tuple[Tensor, Tensor]  # [N, K], [N, G]
 
 @dataclass(frozen=True)
 class _Values:
-    """What becomes of kept values: another floating dtype, or codes and scales.
+    """What becomes of kept values: another floating dtype, or codes and scales; and of the embedding.
 
     Attributes:
         dtype: in which they are stored.
         quantization: how they are quantized; None if they are not.
         codes: codes and scales by tensor name, where calibration text has chosen them.
+        embedding: how the embedding and lm_head are quantized; None copies them.
     """
 
     dtype: torch.dtype
     quantization: Quantization | None = None
     codes: Mapping[str, Codes] = field(default_factory=dict)
+    embedding: Quantization | None = None
 
     @property
     def name(self) -> str:
@@ -52,6 +55,7 @@ def save_packed(
     *,
     quantization: Quantization | None = None,
     calibration: Sequence[str | Path] = (),
+    embedding: Quantization | None = None,
     overwrite: bool = False,
     show_progress: bool = False,
 ) -> None:
@@ -65,6 +69,7 @@ def save_packed(
         quantization: quantize the kept values so, instead.
         calibration: text files on which quantization chooses scales and feeds rounding errors forward (the dense model
             is then held in memory as float32); none rounds to nearest, tensor by tensor.
+        embedding: quantize embedding and lm_head to this, int8 or int4, rounding to nearest; None copies them.
         overwrite: replace an existing `out_dir`.
 
     Raises:
@@ -72,12 +77,14 @@ def save_packed(
             not fit value_dtype, the calibration text is too short, or `out_dir` exists.
     """
     source = Checkpoint(source_dir)
+    if embedding is not None:
+        _check_embedding(source, embedding)
     total_bytes = sum(info.nbytes for info in source.shards.infos.values())
     digests: dict[str, str] = {}
     weight_map: dict[str, str] = {}
     packed_bytes = 0
     with new_directory(Path(out_dir), overwrite, source.directory) as building:
-        values = _values(source, value_dtype, quantization, calibration)
+        values = replace(_values(source, value_dtype, quantization, calibration), embedding=embedding)
         with byte_progress("packing", total_bytes, show_progress) as advance:
             for shard, infos in source.shards.by_shard():
                 layouts = {name: _layout(source, name, values) for name in infos}
@@ -116,6 +123,16 @@ def _values(
     return _Values(quantization.values.dtype, quantization, calibrated_codes(source, quantization, calibration))
 
 
+def _check_embedding(source: Checkpoint, quantization: Quantization) -> None:
+    if quantization.values not in (INT8, INT4):
+        raise InputError(f"an embedding cannot be quantized to {quantization.values.name}: use int8 or int4")
+    for name in source.embedding_tensors:
+        if (columns := source.shards.info(name).shape[-1]) % 8:
+            raise InputError(
+                f"tensor '{name}' has {columns} columns, and only multiples of 8 are quantized: leave --embedding out"
+            )
+
+
 def _float_dtype(source: Checkpoint, requested: str | None) -> torch.dtype:
     """The dtype of all kept values: the requested one, or the source's."""
     if requested is None:
@@ -133,12 +150,18 @@ def _float_dtype(source: Checkpoint, requested: str | None) -> torch.dtype:
 
 def _layout(source: Checkpoint, name: str, values: _Values) -> Layout:
     """Names, shapes and dtypes that source tensor `name` becomes."""
+    layer, quantization = name.removesuffix(".weight"), values.quantization
+    if values.embedding is not None and is_embedding(source.family, name):
+        rows, columns = source.shards.info(name).shape
+        return {
+            layer + VALUES_SUFFIX: (values.embedding.stored_shape(rows, columns), values.embedding.values.dtype),
+            layer + SCALE_SUFFIX: ((rows, values.embedding.groups(columns)), torch.float32),
+        }
     if name not in source.scope_set:
         info = source.shards.info(name)
         return {name: (info.shape, info.dtype)}
     rows, columns = source.linear_shape(name)
-    layer, quantization = name.removesuffix(".weight"), values.quantization
-    shape = (rows, columns // 2) if quantization is None else quantization.stored_shape(rows, columns)
+    shape = (rows, columns // 2) if quantization is None else quantization.stored_shape(rows, columns // 2)
     layout: Layout = {
         layer + VALUES_SUFFIX: (shape, values.dtype),
         layer + BITMASK_SUFFIX: ((rows, columns // 8), torch.uint8),
@@ -150,13 +173,18 @@ def _layout(source: Checkpoint, name: str, values: _Values) -> Layout:
 
 def _pack(source: Checkpoint, name: str, values: _Values) -> dict[str, Tensor]:
     """The tensors that source tensor `name` becomes."""
+    layer = name.removesuffix(".weight")
+    if values.embedding is not None and is_embedding(source.family, name):
+        from conversion.quantization.quantize import quantize_dense
+
+        stored, scale = quantize_dense(source.tensor(name), values.embedding)
+        return {layer + VALUES_SUFFIX: stored, layer + SCALE_SUFFIX: scale}
     if name not in source.scope_set:
         return {name: source.tensor(name)}
     try:
         kept, bitmask = pack24(source.linear_weight(name))
     except InputError as error:
         raise _not_sparse(source, f"tensor '{name}', {error}") from None
-    layer = name.removesuffix(".weight")
     if values.quantization is not None:
         codes, scale = _codes(source, name, values.quantization, values.codes)
         stored = encode(codes[kept_columns(bitmask)].view(kept.shape), values.quantization.values)
@@ -189,6 +217,7 @@ def _write_config(source: Checkpoint, values: _Values, directory: Path) -> None:
             "pattern": PATTERN,
             "value_dtype": values.name,
             "group_size": None if values.quantization is None else values.quantization.group_size,
+            "embedding": None if values.embedding is None else values.embedding.as_config(),
             "ignore": ["lm_head", *dense],
         }
     }

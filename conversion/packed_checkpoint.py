@@ -11,10 +11,10 @@ from torch import Tensor
 
 from conversion.checkpoint import Checkpoint, check_complete, widest
 from conversion.errors import InputError
-from conversion.families import Family, family_of
+from conversion.families import Family, family_of, is_embedding
 from conversion.model_config import read_config
 from conversion.packed import BITMASK_SUFFIX, PATTERN, SCALE_SUFFIX, VALUES_SUFFIX, bitmask_nibbles, unpack24
-from conversion.quantization.formats import FORMATS, Quantization, check_scale, check_values, dequantize
+from conversion.quantization.formats import FORMATS, FP8, Quantization, check_scale, check_values, dequantize
 from conversion.shards import Shards, tensor_bytes
 
 VERSION = 1
@@ -45,6 +45,8 @@ class PackedCheckpoint:
         sparse_layers: names of the packed linears ('model.layers.0.mlp.up_proj'), in checkpoint order.
         value_dtype: dtype that the kept values are stored in.
         quantization: how they are quantized; None if they are not.
+        embedding: how the dense embedding and lm_head are quantized; None if they are not.
+        quantized_embeddings: their names ('model.embed_tokens', 'lm_head') if they are.
     """
 
     def __init__(self, directory: str | Path) -> None:
@@ -53,10 +55,14 @@ class PackedCheckpoint:
         self.family: Family = family_of(self.config["model_type"])
         self.value_dtype = _value_dtype(self.directory, self.config)
         self.quantization = _quantization(self.directory, self.config)
+        self.embedding = _embedding(self.directory, self.config)
         self.shards = Shards(self.directory)
-        self.sparse_layers = self._packed_layers()
+        layers = self._packed_layers()
+        self.quantized_embeddings = [layer for layer in layers if is_embedding(self.family, f"{layer}.weight")]
+        self.sparse_layers = [layer for layer in layers if layer not in self.quantized_embeddings]
         for layer in self.sparse_layers:
             self._check_layer(layer)
+        self._check_embeddings()
         check_complete(self.directory, self.config, self.family, self.names, self._shape)
 
     def _packed_layers(self) -> list[str]:
@@ -74,7 +80,7 @@ class PackedCheckpoint:
             )
         rows, columns = self._dense_shape(layer)
         quantization = self.quantization
-        expected = (rows, columns // 2) if quantization is None else quantization.stored_shape(rows, columns)
+        expected = (rows, columns // 2) if quantization is None else quantization.stored_shape(rows, columns // 2)
         if values.shape != expected:
             raise InputError(
                 f"layer '{layer}' has values of shape {list(values.shape)} and a bitmask of shape "
@@ -87,6 +93,10 @@ class PackedCheckpoint:
                     "make the checkpoint again"
                 )
             return
+        self._check_scale(layer, quantization)
+
+    def _check_scale(self, layer: str, quantization: Quantization) -> None:
+        rows, columns = self._dense_shape(layer)
         scale = self.shards.info(layer + SCALE_SUFFIX)
         if scale.dtype != torch.float32 or scale.shape != (rows, quantization.groups(columns)):
             raise InputError(
@@ -94,19 +104,47 @@ class PackedCheckpoint:
                 f"shape ask for {[rows, quantization.groups(columns)]} and torch.float32: make the checkpoint again"
             )
 
+    def _check_embeddings(self) -> None:
+        stored_as_floats = [name for name in self.shards.infos if is_embedding(self.family, name)]
+        if stored_as_floats if self.embedding is not None else self.quantized_embeddings:
+            raise InputError(
+                f"config.json of {self.directory} and its tensors do not agree on whether the embedding is quantized: "
+                "make the checkpoint again"
+            )
+        for layer in self.quantized_embeddings:
+            assert self.embedding is not None
+            values = self.shards.info(layer + VALUES_SUFFIX)
+            if values.dtype != self.embedding.values.dtype or len(values.shape) != 2:
+                raise InputError(
+                    f"'{layer}' holds {values.dtype} values of shape {list(values.shape)}, but config.json speaks of a "
+                    f"matrix of {self.embedding.values.name}: make the checkpoint again"
+                )
+            self._check_scale(layer, self.embedding)
+
     def _dense_shape(self, layer: str) -> tuple[int, int]:
-        """(N, K) by the bitmask's shape; K is 0 if that is no matrix."""
+        """(N, K) by the bitmask's shape, or by the values of an embedding; K is 0 if that is no matrix."""
+        if layer in self.quantized_embeddings:
+            assert self.embedding is not None
+            rows, width = self.shards.info(layer + VALUES_SUFFIX).shape
+            return rows, width * 8 // self.embedding.values.bits
         shape = self.shards.info(layer + BITMASK_SUFFIX).shape
         return (shape[0], 8 * shape[1]) if len(shape) == 2 else (0, 0)
 
     def _shape(self, name: str) -> tuple[int, ...]:
-        return self.linear_shape(name) if name.removesuffix(".weight") in self._sparse else self.shards.info(name).shape
+        layer = name.removesuffix(".weight")
+        packed = layer in self._sparse or layer in self.quantized_embeddings
+        return self._dense_shape(layer) if packed else self.shards.info(name).shape
 
     @property
     def names(self) -> list[str]:
         """Names that the dense model's tensors have, the packed weights included."""
         dense = [name for name in self.shards.infos if not name.endswith(_SUFFIXES)]
-        return dense + [f"{layer}.weight" for layer in self.sparse_layers]
+        return dense + [f"{layer}.weight" for layer in (*self.quantized_embeddings, *self.sparse_layers)]
+
+    @property
+    def embedding_tensors(self) -> list[str]:
+        """Names that the token embedding and, where it is stored, lm_head have in the dense model."""
+        return [name for name in self.names if is_embedding(self.family, name)]
 
     @property
     def scope(self) -> list[str]:
@@ -139,6 +177,13 @@ class PackedCheckpoint:
         """Scales [N, G] float32 of one packed linear, None if its values are not quantized; InputError if damaged."""
         return None if self.quantization is None else self._checked(layer + SCALE_SUFFIX, check_scale)
 
+    def quantized_embedding(self, layer: str) -> tuple[Tensor, Tensor]:
+        """Values as stored, [V, H] (4-bit: [V, H/2]), and scales [V, G] of an embedding; InputError if damaged."""
+        assert self.embedding is not None
+        value_format = self.embedding.values
+        values = self._checked(layer + VALUES_SUFFIX, lambda values: check_values(values, value_format))
+        return values, self._checked(layer + SCALE_SUFFIX, check_scale)
+
     def linear_weight(self, name: str) -> Tensor:
         """Dense weight [N, K], dequantized, of the packed linear whose weight has this name in the dense model."""
         layer = name.removesuffix(".weight")
@@ -149,10 +194,15 @@ class PackedCheckpoint:
         return dequantize(values, bitmask, scale, self.quantization)
 
     def tensor(self, name: str) -> Tensor:
-        """A tensor of the dense model, packed weights unpacked and stored the family's way round."""
-        if name.removesuffix(".weight") in self._sparse:
+        """A tensor of the dense model: packed weights unpacked and stored the family's way round, all dequantized."""
+        layer = name.removesuffix(".weight")
+        if layer in self._sparse:
             weight = self.linear_weight(name)
             return weight.T.contiguous() if self.family.transposed else weight
+        if layer in self.quantized_embeddings:
+            assert self.embedding is not None
+            values, scale = self.quantized_embedding(layer)
+            return dequantize(values, None, scale, self.embedding)
         return self._checked(name)
 
     @cached_property
@@ -216,3 +266,19 @@ def _quantization(directory: Path, config: dict[str, Any]) -> Quantization | Non
         return Quantization.of_config(config["quantization_config"])
     except InputError as error:
         raise InputError(f"config.json of {directory}: {error}") from None
+
+
+def _embedding(directory: Path, config: dict[str, Any]) -> Quantization | None:
+    field = config["quantization_config"].get("embedding")
+    if field is None:
+        return None
+    try:
+        quantization = Quantization.of_config(field)
+    except (InputError, AttributeError) as error:
+        raise InputError(f"config.json of {directory}: embedding: {error}") from None
+    if quantization is None or quantization.values is FP8:
+        raise InputError(
+            f"config.json of {directory} speaks of an embedding in {field.get('value_dtype')}, and this release reads "
+            "int8 and int4"
+        )
+    return quantization

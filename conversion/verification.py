@@ -27,8 +27,8 @@ class VerifyReport:
         compared_with: the dense model whose tensors equal the unpacked ones bit for bit (quantized weights: whose
             zeros are theirs); None if none was given.
         logits_tokens: tokens whose logits are equal bit for bit between packed and dense model; 0 if not compared.
-        rounding_error: of quantized weights, the largest ||W - Q|| / ||W|| (Frobenius) of a linear; None if values are
-            not quantized or were not compared.
+        rounding_error: the largest ||W - Q|| / ||W|| (Frobenius) of a quantized weight; None if there is none or it was
+            not compared.
     """
 
     sparse_layers: int
@@ -45,8 +45,8 @@ class VerifyReport:
             return f"{checked}; not compared with a source model"
         if self.rounding_error is not None:
             return (
-                f"{checked}; the dense tensors equal {self.compared_with} bit for bit, and quantized weights keep its "
-                f"zeros and differ by at most {self.rounding_error:.2%} of a linear's norm"
+                f"{checked}; weights that are not quantized equal {self.compared_with} bit for bit, and quantized ones "
+                f"keep its zeros and differ by at most {self.rounding_error:.2%} of a weight's norm"
             )
         return f"{checked}; they and the logits of {self.logits_tokens} tokens equal {self.compared_with} bit for bit"
 
@@ -57,7 +57,8 @@ def verify(packed_dir: str | Path, source_dir: str | Path | None = None) -> Veri
     Alone: headers, SHA-256 of every tensor, bitmasks, and that unpacking and packing again changes nothing. With
     `source_dir` also: every unpacked weight equals the source's (rounded to the value dtype), every other tensor is
     equal bit for bit, and the unpacked model's logits equal those of the source. Quantized weights must instead have
-    zeros where the source has, and an error smaller than themselves. Holds one dense model at a time.
+    zeros where the source has, and an error smaller than themselves; no logits are then compared. Holds one dense model
+    at a time.
 
     Raises:
         InputError: the first check that fails, naming the tensor.
@@ -68,7 +69,8 @@ def verify(packed_dir: str | Path, source_dir: str | Path | None = None) -> Veri
         _check_same_names(packed, source)
     errors = []
     for layer in packed.sparse_layers:
-        weight = packed.linear_weight(f"{layer}.weight")
+        name = f"{layer}.weight"
+        weight = packed.linear_weight(name)
         if not torch.equal(unpack24(*pack24(weight)), weight):
             raise InputError(
                 f"layer '{layer}' of {packed.directory} does not survive packing again: convert the model again"
@@ -76,13 +78,15 @@ def verify(packed_dir: str | Path, source_dir: str | Path | None = None) -> Veri
         if source is not None and packed.quantization is None:
             _check_layer(packed, source, layer, weight)
         elif source is not None:
-            errors.append(_check_quantized(packed, source, layer, weight))
+            errors.append(_check_quantized(packed, source, name, weight, source.linear_weight(name)))
     dense = [name for name in packed.names if name not in set(packed.scope)]
     for name in dense:
         tensor = packed.tensor(name)
-        if source is not None and tensor_bytes(tensor) != tensor_bytes(source.tensor(name)):
+        if source is not None and name.removesuffix(".weight") in packed.quantized_embeddings:
+            errors.append(_check_quantized(packed, source, name, tensor, source.tensor(name)))
+        elif source is not None and tensor_bytes(tensor) != tensor_bytes(source.tensor(name)):
             raise _differs(name, packed, source)
-    compare_logits = source is not None and packed.quantization is None
+    compare_logits = source is not None and packed.quantization is None and packed.embedding is None
     if source is not None and compare_logits:
         _check_logits(packed, source)
     return VerifyReport(
@@ -109,14 +113,16 @@ def _check_layer(packed: PackedCheckpoint, source: Checkpoint, layer: str, weigh
         raise _differs(f"{layer}.weight", packed, source)
 
 
-def _check_quantized(packed: PackedCheckpoint, source: Checkpoint, layer: str, weight: Tensor) -> float:
+def _check_quantized(
+    packed: PackedCheckpoint, source: Checkpoint, name: str, weight: Tensor, expected: Tensor
+) -> float:
     """Return ||W - Q|| / ||W||."""
-    expected = source.linear_weight(f"{layer}.weight").float()
+    expected = expected.float()
     if expected.shape != weight.shape or (weight[expected == 0] != 0).any():
-        raise _differs(f"{layer}.weight", packed, source)
+        raise _differs(name, packed, source)
     error = torch.linalg.norm(weight - expected).item() / max(torch.linalg.norm(expected).item(), 1e-30)
     if error >= 1:
-        raise _differs(f"{layer}.weight", packed, source)
+        raise _differs(name, packed, source)
     return error
 
 

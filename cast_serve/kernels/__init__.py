@@ -52,6 +52,16 @@ def library() -> ctypes.CDLL:
         ctypes.c_int64,
         ctypes.c_void_p,
     ]
+    loaded.cast24_quantized_rows.restype = None
+    loaded.cast24_quantized_rows.argtypes = [
+        ctypes.c_void_p,
+        ctypes.c_int64,
+        ctypes.c_void_p,
+        ctypes.c_int64,
+        ctypes.c_int,
+        ctypes.c_int64,
+        ctypes.c_void_p,
+    ]
     return loaded
 
 

@@ -4,6 +4,7 @@
     y = torch.ops.cast24.linear_packed(x, panel_values, panel_indices, out_features, bias=None)
     y = torch.ops.cast24.linear_quantized(x, panels, out_features, bits, sparse, group_size, float_activations=False,
                                           bias=None)
+    rows = torch.ops.cast24.quantized_rows(ids, panels, num_rows, columns, bits, group_size)
 
 x is [..., K], float32 or bfloat16, any strides; y is [..., N] of x's dtype; sums are float32. `linear` takes the
 portable tensors and packs them anew at every call: slow, for tests and for tools. The other two are for serving:
@@ -11,6 +12,9 @@ portable tensors and packs them anew at every call: slow, for tests and for tool
 see x rounded to 8 bits, with a scale for each row and group of columns, unless `float_activations`. All work under
 torch.compile and with fake tensors. They are not differentiable: no gradient flows to x (torch warns when a backward
 pass reaches them). Wrong shapes and dtypes raise RuntimeError.
+
+`quantized_rows` reads rows `ids` (int64, any shape) of a dense quantized weight back: [..., K] float32. So an embedding
+shares its panels with lm_head. IndexError where there is no such row.
 
 Where the instruction set is "avx512bf16", bfloat16 weights meet x rounded to bfloat16; elsewhere x as it is.
 """
@@ -181,6 +185,30 @@ def _register() -> None:
         bias: torch.Tensor | None = None,
     ) -> torch.Tensor:
         return x.new_empty((*x.shape[:-1], out_features))
+
+    @torch.library.custom_op("cast24::quantized_rows", mutates_args=(), device_types="cpu")
+    def quantized_rows(
+        ids: torch.Tensor, panels: torch.Tensor, num_rows: int, columns: int, bits: int, group_size: int
+    ) -> torch.Tensor:
+        size = library().cast24_quantized_panel_bytes(bits, False, columns, group_size)
+        if panels.dtype != torch.uint8 or panels.shape != (-(-num_rows // PANEL_ROWS), size):
+            raise RuntimeError(f"cast24::quantized_rows: panels {list(panels.shape)} are not those of this weight")
+        if ids.dtype != torch.int64:
+            raise RuntimeError(f"cast24::quantized_rows: ids must be int64, not {ids.dtype}")
+        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < num_rows:
+            raise IndexError(f"cast24::quantized_rows: an id is outside the {num_rows} rows")
+        ids, panels = ids.contiguous(), panels.contiguous()
+        out = torch.empty((*ids.shape, columns))
+        library().cast24_quantized_rows(
+            ids.data_ptr(), ids.numel(), panels.data_ptr(), columns, bits, group_size, out.data_ptr()
+        )
+        return out
+
+    @quantized_rows.register_fake
+    def _(
+        ids: torch.Tensor, panels: torch.Tensor, num_rows: int, columns: int, bits: int, group_size: int
+    ) -> torch.Tensor:
+        return panels.new_empty((*ids.shape, columns), dtype=torch.float32)
 
 
 _register()

@@ -5,16 +5,16 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from cast_serve.torch_model.modules import PackedLinear, QuantizedLinear, SparseLinear
+from cast_serve.torch_model.modules import PackedLinear, QuantizedEmbedding, QuantizedLinear, SparseLinear
 from cast_serve.torch_model.quantizer import PackedConfig
 from conversion.checkpoint import widest
-from conversion.dense_model import model_of
+from conversion.dense_model import dense_config, model_of
 from conversion.errors import InputError
-from conversion.families import place_in_blocks
+from conversion.families import LM_HEAD, place_in_blocks
 from conversion.hub import local_model
 from conversion.model_config import read_config
 from conversion.packed_checkpoint import PackedCheckpoint, is_packed
-from conversion.quantization.formats import FP8
+from conversion.quantization.formats import FP8, Quantization
 
 _DTYPES = (torch.float32, torch.bfloat16)
 
@@ -24,36 +24,39 @@ def load(
 ) -> PreTrainedModel:
     """Return the causal language model of a packed checkpoint, on the CPU, for inference.
 
-    Sparse linears hold their weight once, in the kernels' layout (float16 values as float32); a dense copy is never
-    made. Everything else is as `from_pretrained` has it. The model cannot be trained, saved or moved to another device
-    or dtype.
+    Sparse linears, and a quantized embedding, hold their weight once, in the kernels' layout (float16 values as
+    float32); a dense copy is never made. Everything else is as `from_pretrained` has it. The model cannot be trained,
+    saved or moved to another device or dtype.
 
     Args:
         model_dir: packed checkpoint (`cast convert`), or its hub id.
         dtype: of activations and dense weights, torch.float32 or torch.bfloat16; None takes bfloat16 where the
             checkpoint has its dense weights so, else float32.
-        float_activations: multiply quantized values by activations as they are, instead of rounded to 8 bits.
+        float_activations: multiply quantized weights by activations as they are, instead of rounded to 8 bits.
 
     Raises:
         InputError: not a packed checkpoint, a damaged one, or one of values that the CPU has no kernel for.
     """
     directory = local_model(model_dir)
     checkpoint = _open(directory)
-    if float_activations and checkpoint.quantization is None:
-        raise InputError(f"the values of {directory} are not quantized: leave float_activations out")
-    scope = set(checkpoint.scope)
-    dense = [name for name in checkpoint.names if name not in scope]
+    if float_activations and checkpoint.quantization is None and checkpoint.embedding is None:
+        raise InputError(f"the weights of {directory} are not quantized: leave float_activations out")
+    packed = {*checkpoint.scope, *(f"{layer}.weight" for layer in checkpoint.quantized_embeddings)}
+    dense = [name for name in checkpoint.names if name not in packed]
     if dtype is None:
         stored = widest(checkpoint.shards.info(name).dtype for name in dense)
         dtype = stored if stored in _DTYPES else torch.float32
     if dtype not in _DTYPES:
         raise InputError(f"the kernels take activations in torch.float32 or torch.bfloat16, not {dtype}")
     layers = {place_in_blocks(checkpoint.family, layer): layer for layer in checkpoint.sparse_layers}
-    config = PackedConfig(list(layers), checkpoint.quantization is not None)
+    config = PackedConfig(list(layers), checkpoint.quantization is not None, checkpoint.embedding is not None)
     model = model_of(checkpoint, {name: checkpoint.tensor(name) for name in dense}, dtype, config)
     for name, module in model.named_modules():
-        if isinstance(module, PackedLinear):
-            _pack(module, checkpoint, layers[place_in_blocks(checkpoint.family, name)], float_activations)
+        if (layer := layers.get(place_in_blocks(checkpoint.family, name))) is not None:
+            assert isinstance(module, PackedLinear)
+            _pack(module, checkpoint, layer, float_activations)
+    if checkpoint.embedding is not None:
+        _pack_embedding(model, checkpoint, checkpoint.embedding, float_activations)
     if (directory / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(directory)
     model.config.name_or_path = str(model_dir)
@@ -78,12 +81,7 @@ def _open(directory: Path) -> PackedCheckpoint:
 
 
 def _pack(module: PackedLinear, checkpoint: PackedCheckpoint, layer: str, float_activations: bool) -> None:
-    expected = module.out_features, module.in_features
-    if checkpoint.linear_shape(layer) != expected:
-        raise InputError(
-            f"layer '{layer}' of {checkpoint.directory} is {list(checkpoint.linear_shape(layer))}, but its config.json "
-            f"asks for {list(expected)}: make the checkpoint again"
-        )
+    _check_shape(checkpoint, layer, checkpoint.linear_shape(layer), (module.out_features, module.in_features))
     values, bitmask = checkpoint.packed(layer)
     if isinstance(module, SparseLinear):
         module.pack(values, bitmask)
@@ -92,3 +90,29 @@ def _pack(module: PackedLinear, checkpoint: PackedCheckpoint, layer: str, float_
         assert scale is not None
         assert checkpoint.quantization is not None
         module.pack(values, bitmask, scale, checkpoint.quantization.group_size, float_activations=float_activations)
+
+
+def _pack_embedding(
+    model: PreTrainedModel, checkpoint: PackedCheckpoint, quantization: Quantization, float_activations: bool
+) -> None:
+    embedding, lm_head = model.get_input_embeddings(), model.get_output_embeddings()
+    assert isinstance(embedding, QuantizedEmbedding)
+    assert isinstance(lm_head, QuantizedLinear)
+    for layer in checkpoint.quantized_embeddings:
+        values, scale = checkpoint.quantized_embedding(layer)
+        expected = embedding.num_embeddings, embedding.embedding_dim
+        _check_shape(checkpoint, layer, checkpoint.linear_shape(f"{layer}.weight"), expected)
+        if f"{layer}.weight" != LM_HEAD:
+            embedding.pack(values, scale, quantization.group_size)
+        elif not dense_config(checkpoint).tie_word_embeddings:
+            lm_head.pack(values, None, scale, quantization.group_size, float_activations=float_activations)
+    if dense_config(checkpoint).tie_word_embeddings:
+        model.set_output_embeddings(embedding.tied_linear(float_activations=float_activations))
+
+
+def _check_shape(checkpoint: PackedCheckpoint, layer: str, shape: tuple[int, int], expected: tuple[int, int]) -> None:
+    if shape != expected:
+        raise InputError(
+            f"layer '{layer}' of {checkpoint.directory} is {list(shape)}, but its config.json asks for "
+            f"{list(expected)}: make the checkpoint again"
+        )

@@ -1,4 +1,4 @@
-"""Linears whose weights lie in the kernels' layout only. They are made empty and get their weights by `pack`."""
+"""Modules whose weights lie in the kernels' layout only. They are made empty and get their weights by `pack`."""
 
 import torch
 from torch import Tensor, nn
@@ -61,9 +61,13 @@ class QuantizedLinear(PackedLinear):
             values, bitmask, scale, group_size: as `prepack_quantized` takes them.
             float_activations: multiply by x as it is, instead of rounded to 8 bits.
         """
-        panels, self.bits, self.group_size = prepack_quantized(values, bitmask, scale, group_size)
-        self.sparse = bitmask is not None
-        self.float_activations = float_activations
+        panels, bits, group = prepack_quantized(values, bitmask, scale, group_size)
+        self.use(panels, bits, group, sparse=bitmask is not None, float_activations=float_activations)
+
+    def use(self, panels: Tensor, bits: int, group_size: int, *, sparse: bool, float_activations: bool) -> None:
+        """Take panels that are already packed."""
+        self.bits, self.group_size = bits, group_size
+        self.sparse, self.float_activations = sparse, float_activations
         self.register_buffer("panels", panels, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -78,3 +82,35 @@ class QuantizedLinear(PackedLinear):
             self.bias,
         )
         return y
+
+
+class QuantizedEmbedding(nn.Module):
+    """Token ids, int64 [...] -> rows [..., H] of a dense quantized weight, in `dtype`."""
+
+    panels: Tensor
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.num_embeddings = num_embeddings
+        self.embedding_dim = embedding_dim
+        self.dtype = dtype
+
+    def pack(self, values: Tensor, scale: Tensor, group_size: int | None) -> None:
+        """Take int8 or int4 codes [V, H] and scales [V, G] of a packed checkpoint."""
+        panels, self.bits, self.group_size = prepack_quantized(values, None, scale, group_size)
+        self.register_buffer("panels", panels, persistent=False)
+
+    def tied_linear(self, *, float_activations: bool) -> QuantizedLinear:
+        """A lm_head on the same panels."""
+        linear = QuantizedLinear(self.embedding_dim, self.num_embeddings, bias=False)
+        linear.use(self.panels, self.bits, self.group_size, sparse=False, float_activations=float_activations)
+        return linear
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}"
+
+    def forward(self, ids: Tensor) -> Tensor:
+        rows: Tensor = torch.ops.cast24.quantized_rows(
+            ids, self.panels, self.num_embeddings, self.embedding_dim, self.bits, self.group_size
+        )
+        return rows.to(self.dtype)

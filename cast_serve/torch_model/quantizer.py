@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -9,7 +10,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from cast_serve.torch_model.modules import QuantizedLinear, SparseLinear
+from cast_serve.torch_model.modules import QuantizedEmbedding, QuantizedLinear, SparseLinear
 from conversion.families import family_of, place_in_blocks
 from conversion.packed_checkpoint import QUANT_METHOD
 
@@ -21,12 +22,14 @@ class PackedConfig(QuantizationConfigMixin):
     Attributes:
         sparse_layers: its packed linears, by their place in the blocks.
         quantized: whether their values are.
+        quantized_embedding: whether the embedding and lm_head are.
     """
 
-    def __init__(self, sparse_layers: list[str], quantized: bool) -> None:
+    def __init__(self, sparse_layers: list[str], quantized: bool, quantized_embedding: bool) -> None:
         self.quant_method: Any = QUANT_METHOD
         self.sparse_layers = sparse_layers
         self.quantized = quantized
+        self.quantized_embedding = quantized_embedding
 
 
 @register_quantizer(QUANT_METHOD)
@@ -44,6 +47,8 @@ class PackedQuantizer(HfQuantizer):
                 model.set_submodule(name, kind(*_features(module), bias=module.bias is not None))
                 # GPT-2 would initialize the weight that it expects in there.
                 model.get_submodule(name.rpartition(".")[0])._is_hf_initialized = True  # type: ignore[assignment]
+        if self.quantization_config.quantized_embedding:
+            _quantize_embedding(model)
         return model
 
     def is_serializable(self) -> bool:
@@ -52,6 +57,16 @@ class PackedQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return False
+
+
+def _quantize_embedding(model: PreTrainedModel) -> None:
+    """The two share their panels where they are tied; transformers knows how to tie parameters only."""
+    embedding: Any = model.get_input_embeddings()
+    size = embedding.num_embeddings, embedding.embedding_dim
+    model.set_input_embeddings(QuantizedEmbedding(*size, dtype=torch.get_default_dtype()))
+    model.set_output_embeddings(QuantizedLinear(size[1], size[0], bias=False))
+    model.config.tie_word_embeddings = False
+    model.all_tied_weights_keys = {}
 
 
 def _features(module: nn.Linear | Conv1D) -> tuple[int, int]:

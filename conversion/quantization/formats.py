@@ -82,6 +82,10 @@ class Quantization:
         name = config.get("value_dtype")
         return cls(FORMATS[name], config.get("group_size")) if name in FORMATS else None
 
+    def as_config(self) -> dict[str, Any]:
+        """What `of_config` reads."""
+        return {"value_dtype": self.values.name, "group_size": self.group_size}
+
     def groups(self, columns: int) -> int:
         """Scales per row of a weight with this many dense columns."""
         return 1 if self.group_size is None else -(-columns // self.group_size)
@@ -96,13 +100,13 @@ class Quantization:
         """Scales [N, G] -> [N, columns], each repeated over the columns of its group."""
         return scale.repeat_interleave(self.group_size or columns, dim=1)[:, :columns]
 
-    def stored_shape(self, rows: int, columns: int) -> tuple[int, int]:
-        """Shape of weight_values of a dense shape [N, K]."""
-        return rows, columns // 2 * self.values.bits // 8
+    def stored_shape(self, rows: int, codes: int) -> tuple[int, int]:
+        """Shape of weight_values of `rows` rows with so many codes each: K / 2 of a 2:4 weight, K of a dense one."""
+        return rows, codes * self.values.bits // 8
 
 
 def encode(codes: Tensor, value_format: ValueFormat) -> Tensor:
-    """Codes [N, K/2], any dtype -> the tensor that is stored.
+    """Codes [N, K/2], or [N, K] of a dense weight, any dtype -> the tensor that is stored.
 
     Four-bit codes are two's complement, two per byte, the earlier one in the low half: [N, K/4] uint8, so that a byte
     is the two kept values of one group of four columns.
@@ -115,23 +119,24 @@ def encode(codes: Tensor, value_format: ValueFormat) -> Tensor:
 
 
 def decode(stored: Tensor, value_format: ValueFormat) -> Tensor:
-    """What `encode` took, as float32 [N, K/2]."""
+    """What `encode` took, as float32."""
     if value_format is INT4:
         halves = torch.stack((stored & 15, stored >> 4), dim=-1).flatten(1).to(torch.int8)
         return ((halves ^ 8) - 8).float()
     return stored.float()
 
 
-def dequantize(stored: Tensor, bitmask: Tensor, scale: Tensor, quantization: Quantization) -> Tensor:
+def dequantize(stored: Tensor, bitmask: Tensor | None, scale: Tensor, quantization: Quantization) -> Tensor:
     """Return the dense weight [N, K], float32: every kept code times the scale of its row and group.
 
     Args:
         stored: weight_values.
-        bitmask: [N, K/8] uint8.
+        bitmask: [N, K/8] uint8; None where all codes are stored.
         scale: [N, G] float32.
         quantization: how they belong together.
     """
-    codes = unpack24(decode(stored, quantization.values), bitmask)
+    codes = decode(stored, quantization.values)
+    codes = codes if bitmask is None else unpack24(codes, bitmask)
     return codes * quantization.spread(scale, codes.shape[1])
 
 

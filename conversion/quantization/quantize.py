@@ -10,9 +10,11 @@ from transformers.pytorch_utils import Conv1D
 from conversion.block_walk import input_grams
 from conversion.hessian import damped
 from conversion.quantization.descent import refine
-from conversion.quantization.formats import Quantization
+from conversion.quantization.formats import Quantization, encode
 from conversion.quantization.gptq import gptq
 from conversion.quantization.scales import fit_scales
+
+ROWS_AT_ONCE = 8192
 
 
 def quantize_weight(
@@ -33,6 +35,20 @@ def quantize_weight(
         return quantization.values.round(weight / each), scale
     codes = gptq(weight, mask, hessian, each, quantization.values)
     return refine(codes, weight, mask, hessian, each, quantization.values), scale
+
+
+@torch.no_grad()
+def quantize_dense(weight: Tensor, quantization: Quantization) -> tuple[Tensor, Tensor]:
+    """Round a dense weight [N, K] to nearest; return it as stored (see `encode`) and its scales [N, G].
+
+    Rows go in pieces, so that of a large embedding no float32 copy is made.
+    """
+    stored, scales = [], []
+    for rows in weight.split(ROWS_AT_ONCE):
+        codes, scale = quantize_weight(rows.float(), torch.ones_like(rows, dtype=torch.bool), quantization)
+        stored.append(encode(codes, quantization.values))
+        scales.append(scale)
+    return torch.cat(stored), torch.cat(scales)
 
 
 @torch.no_grad()

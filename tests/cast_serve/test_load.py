@@ -116,6 +116,23 @@ def test_sparse_weights_are_held_once_and_packed(
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("embedding", [INT8_ROWS, INT4_GROUPS], ids=label)
+@pytest.mark.parametrize("quantization", [None, INT8_ROWS], ids=label)
+@pytest.mark.parametrize("name", ["llama", "llama-untied-rope3", "gpt2", "opt"])
+def test_a_quantized_embedding_is_held_once(
+    name: str, quantization: Quantization | None, embedding: Quantization, tmp_path: Path
+) -> None:
+    directory = packed(tmp_path, name, quantization=quantization, embedding=embedding)
+    model = cast_serve.load(directory, float_activations=True)
+    assert relative_error(directory, model(TOKENS).logits) < 1e-5
+    lookup, head = model.get_input_embeddings().panels, model.get_output_embeddings().panels
+    assert (lookup.data_ptr() == head.data_ptr()) == (name != "llama-untied-rope3")
+    assert not [name for name, parameter in model.named_parameters() if 97 in parameter.shape]  # tokens
+    assert relative_error(directory, cast_serve.load(directory)(TOKENS).logits) < 0.05
+    with pytest.raises(IndexError, match="outside the 97 rows"):
+        model(torch.tensor([[97]]))
+
+
 def test_the_directorys_tokenizer_and_generation_settings_are_used(tiny: Tiny, tmp_path: Path) -> None:
     save_packed(tiny.hf, tmp_path / "packed")
     (tmp_path / "packed" / "generation_config.json").write_text('{"eos_token_id": [2, 7]}')

@@ -116,6 +116,20 @@ def test_bfloat16_inputs_and_compile() -> None:
     assert torch.equal(compiled(x), y + 1)
 
 
+@pytest.mark.parametrize("quantization", FORMATS, ids=lambda q: f"{q.values.name}-{q.group_size}")
+def test_rows_of_a_dense_weight_are_read_back(quantization: Quantization) -> None:
+    stored, _, scale, dense = quantized_layer(33, 72, quantization, sparse=False)
+    panels, bits, group = prepack_quantized(stored, None, scale, quantization.group_size)
+    ids = torch.tensor([[0, 32, 7], [16, 15, 32]])
+    arguments = (ids, panels, 33, 72, bits, group)
+    assert torch.equal(torch.ops.cast24.quantized_rows(*arguments), dense[ids].float())
+    torch.library.opcheck(torch.ops.cast24.quantized_rows.default, arguments)
+    with pytest.raises(IndexError, match="outside the 33 rows"):
+        torch.ops.cast24.quantized_rows(ids + 1, *arguments[1:])
+    with pytest.raises(RuntimeError, match="not those of this weight"):
+        torch.ops.cast24.quantized_rows(ids, panels, 33, 128, bits, group)
+
+
 def damaged(change: Callable[[dict[str, Tensor]], None]) -> dict[str, Tensor]:
     stored, bitmask, scale, _ = quantized_layer(33, 64, FORMATS[1], sparse=True)
     assert bitmask is not None

@@ -92,6 +92,7 @@ def test_the_format_is_as_documented(source, packed):
         "pattern": "2:4",
         "value_dtype": "float32",
         "group_size": None,
+        "embedding": None,
         "ignore": ["lm_head"],
     }
     tensors = {}

@@ -21,7 +21,7 @@ from conversion.quantization.calibrated import calibration_sequences
 from conversion.quantization.descent import refine
 from conversion.quantization.formats import FP8, INT4, INT8, Quantization, decode, dequantize, encode
 from conversion.quantization.gptq import gptq
-from conversion.quantization.quantize import quantize_weight
+from conversion.quantization.quantize import quantize_dense, quantize_weight
 from conversion.quantization.scales import fit_scales
 from tests.cast_train.tiny import tokenizer, write_text
 from tests.conversion.models import CONFIGS, make_model
@@ -69,7 +69,7 @@ def test_dequantizing_is_code_times_scale_of_its_group(quantization):
     assert scale.shape == (5, 1 if quantization.group_size is None else 3)
     bitmask = pack24(weight)[1]
     stored = encode(codes[mask].view(5, 36), quantization.values)
-    assert stored.shape == quantization.stored_shape(5, 72)
+    assert stored.shape == quantization.stored_shape(5, 36)
     size = quantization.group_size or 72
     restored = dequantize(stored, bitmask, scale, quantization)
     assert restored.dtype == torch.float32
@@ -251,6 +251,79 @@ def test_bfloat16_models_quantize(tmp_path):
     assert verify(tmp_path / "packed", tmp_path / "model").rounding_error < 0.04
 
 
+@pytest.mark.parametrize("embedding", [Quantization(INT8, None), Quantization(INT4, 64)], ids=lambda q: q.values.name)
+@pytest.mark.parametrize("name", ["llama", "llama-untied-rope3", "gpt2", "opt"])
+def test_embedding_and_lm_head_are_stored_quantized(name, embedding, tmp_path):
+    make_model(CONFIGS[name], sparse=True).save_pretrained(tmp_path / "model")
+    save_packed(tmp_path / "model", tmp_path / "packed", "bfloat16", embedding=embedding)
+    config = json.loads((tmp_path / "packed" / "config.json").read_text())["quantization_config"]
+    assert (config["value_dtype"], config["group_size"]) == ("bfloat16", None)
+    assert config["embedding"] == {"value_dtype": embedding.values.name, "group_size": embedding.group_size}
+    tensors, source = load_file(tmp_path / "packed" / "model.safetensors"), open_checkpoint(tmp_path / "model")
+    assert len(source.embedding_tensors) == 1 + (name == "llama-untied-rope3")
+    checkpoint = load_packed(tmp_path / "packed")
+    for tensor_name in source.embedding_tensors:
+        assert tensor_name not in tensors
+        values, scale = tensors[f"{tensor_name}_values"], tensors[f"{tensor_name}_scale"]
+        codes = values.float()
+        if embedding.values is INT4:  # the earlier value in the low half of a byte, two's complement
+            halves = torch.stack((values & 15, values >> 4), -1).flatten(1).int()
+            codes = (halves - 16 * (halves > 7)).float()
+        assert (values.shape, scale.shape) == ((97, 32 * embedding.values.bits // 8), (97, 1))
+        weight = source.tensor(tensor_name)
+        assert torch.equal(checkpoint.tensor(tensor_name), codes * scale)
+        # nearest: by half a step at most, or clipped at the ends of the range
+        clipped = (codes <= embedding.values.lowest) | (codes >= embedding.values.highest)
+        assert (((codes * scale - weight).abs() <= 0.5001 * scale.abs()) | clipped).all()
+    report = verify(tmp_path / "packed", tmp_path / "model")
+    assert 0 < report.rounding_error < (0.15 if embedding.values is INT4 else 0.02)
+    found = inspect_directory(tmp_path / "packed")
+    assert (found.value_dtype, found.embedding_dtype) == ("bfloat16", embedding.values.name)
+    assert (
+        found.stored_bytes == found.linear_packed_bytes + found.other_bytes == sum(t.nbytes for t in tensors.values())
+    )
+
+
+def test_pieces_of_a_large_weight_are_rounded_as_the_whole(monkeypatch):
+    weight = torch.randn(70, 64).bfloat16()
+    whole = quantize_dense(weight, Quantization(INT4, 32))
+    monkeypatch.setattr("conversion.quantization.quantize.ROWS_AT_ONCE", 16)
+    assert all(map(torch.equal, quantize_dense(weight, Quantization(INT4, 32)), whole))
+
+
+@pytest.mark.parametrize(
+    ("field", "match"),
+    [
+        (None, "do not agree on whether the embedding is quantized"),
+        ({"value_dtype": "int8", "group_size": 48}, "embedding: group size 48"),
+        ({"value_dtype": "int4", "group_size": 64}, "speaks of a matrix of int4"),
+        ({"value_dtype": "float32"}, "reads int8 and int4"),
+        ("int8", "embedding: "),
+    ],
+)
+def test_an_embedding_that_the_config_does_not_fit_is_refused(source, tmp_path, field, match):
+    save_packed(source, tmp_path / "packed", embedding=Quantization(INT8, None))
+    config = json.loads((tmp_path / "packed" / "config.json").read_text())
+    config["quantization_config"]["embedding"] = field
+    (tmp_path / "packed" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=match):
+        load_packed(tmp_path / "packed")
+
+
+def test_a_damaged_embedding_is_refused(source, tmp_path):
+    save_packed(source, tmp_path / "packed", embedding=Quantization(INT8, None))
+    edit(tmp_path / "packed", "model.embed_tokens.weight_scale", lambda scale: scale * 0)
+    with pytest.raises(InputError, match="scale is zero or not finite"):
+        verify(tmp_path / "packed")
+
+
+def test_another_models_embedding_is_told_apart(source, tmp_path):
+    save_packed(source, tmp_path / "packed", embedding=Quantization(INT8, None))
+    edit(tmp_path / "packed", "model.embed_tokens.weight_values", lambda values: values.flip(0).contiguous())
+    with pytest.raises(InputError, match=r"embed_tokens\.weight' .* differs"):
+        verify(tmp_path / "packed", source)
+
+
 def test_info_counts_values_bitmask_and_scales(packed):
     found = inspect_directory(packed)
     in_scope = 2 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 56 * 32)
@@ -341,11 +414,21 @@ def test_scales_of_unquantized_values_are_refused(source, tmp_path):
 def test_the_command_quantizes_verifies_and_says_so(source, tmp_path):
     app = typer.Typer()
     app.command()(convert)
-    options = ["--quantize", "int4", "--group-size", "32", "--calibration", str(source.parent / "text.txt")]
+    options = [
+        "--quantize",
+        "int4",
+        "--embedding",
+        "int8",
+        "--group-size",
+        "32",
+        "--calibration",
+        str(source.parent / "text.txt"),
+    ]
     result = CliRunner().invoke(app, [str(source), str(tmp_path / "packed"), *options, "--verify"])
     assert result.exit_code == 0
     assert "keep its zeros" in result.stdout
     assert load_packed(tmp_path / "packed").quantization == Quantization(INT4, 32)
+    assert load_packed(tmp_path / "packed").embedding == Quantization(INT8, None)
 
 
 def test_what_does_not_go_together_is_refused(source, tmp_path):
@@ -357,6 +440,8 @@ def test_what_does_not_go_together_is_refused(source, tmp_path):
     (tmp_path / "short.txt").write_text("too short")
     with pytest.raises(InputError, match="less than one sequence of 64"):
         save_packed(source, tmp_path / "out", quantization=int8, calibration=[tmp_path / "short.txt"])
+    with pytest.raises(InputError, match="embedding cannot be quantized to float8"):
+        save_packed(source, tmp_path / "out", embedding=Quantization(FP8, None))
     with pytest.raises(InputError, match="group size 100"):
         Quantization.named("int8", 100)
     assert not (tmp_path / "out").exists()
