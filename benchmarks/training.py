@@ -1,7 +1,8 @@
 """`python -m benchmarks.training`: the speed of CAST with distillation beside plain distillation with AdamW.
 
 Both train the same model in the same Trainer, on the same random tokens, in turns; the plain run has neither weight
-scaling nor masks. Reported are medians, where a step's time goes, and the part of the device's peak that is used (MFU).
+scaling nor masks. With --compile CAST runs a third time, its blocks compiled. Reported are medians, where a step's time
+goes, and the part of the device's peak that is used (MFU).
 """
 
 import json
@@ -148,15 +149,21 @@ def breakdown(steps: Steps, rounds: int) -> dict[str, float]:
 
 
 def measure(
-    model: Callable[[], PreTrainedModel], config: CastConfig, rounds: int, after_round: Callable[[], object]
+    model: Callable[[], PreTrainedModel],
+    config: CastConfig,
+    rounds: int,
+    after_round: Callable[[], object],
+    *,
+    compiled: bool = False,
 ) -> dict[str, Any]:
-    """Time both runs in turns.
+    """Time the runs in turns.
 
     Args:
         model: makes the dense model, float32.
         config: batch, block length and precision.
         rounds: turns of one timed step each.
         after_round: called after each, to show progress.
+        compiled: also time CAST with compiled blocks, by the name "compiled".
     """
     with tempfile.TemporaryDirectory() as scratch:
         args = training_arguments(config, Path(scratch))
@@ -169,6 +176,10 @@ def measure(
             "cast": Steps(CastTrainer(sparsify(model(), config), config, teacher, args=args), list(tokens)),
             "plain": Steps(PlainTrainer(model(), config, teacher, args=args), list(tokens)),
         }
+        if compiled:
+            fused = config.model_copy(update={"compile": True})
+            teacher = model() if config.eta > 0 else None  # its blocks are compiled too
+            runs["compiled"] = Steps(CastTrainer(sparsify(model(), fused), fused, teacher, args=args), list(tokens))
         cast = runs["cast"]
         steps = interleave(
             {name: run.step for name, run in runs.items()}, rounds=rounds, calls=1, after_round=after_round
@@ -176,8 +187,7 @@ def measure(
         refresh = interleave({"refresh": cast.refresh}, rounds=2, calls=2)["refresh"]
         parts = breakdown(cast, -(-rounds // 2))
         seconds = {
-            "cast": steps["cast"].median + refresh.median / config.mask_interval,
-            "plain": steps["plain"].median,
+            run: steps[run].median + (0.0 if run == "plain" else refresh.median / config.mask_interval) for run in runs
         }
         flops = token_flops(dense, config)
         device = args.device
@@ -195,6 +205,7 @@ def measure(
         "seconds_per_step": seconds,
         "tokens_per_s": speed,
         "ratio": speed["cast"] / speed["plain"],
+        "compiled_ratio": speed["compiled"] / speed["cast"] if compiled else None,
         "flops_per_token": asdict(flops),
         "flops_per_s": {run: s * flops.total for run, s in speed.items()},
         "mfu": None if peak is None else {run: s * flops.total / peak for run, s in speed.items()},
@@ -205,13 +216,16 @@ def measure(
 
 def print_result(result: dict[str, Any], console: Console) -> None:
     table = Table("run", "s/step", "tokens/s", "GFLOP/s", "MFU", box=None)
-    for run in ("cast", "plain"):
+    names = {"cast": "CAST", "plain": "distillation, AdamW", "compiled": "CAST, compiled"}
+    for run in result["tokens_per_s"]:
         mfu = "peak unknown" if result["mfu"] is None else f"{result['mfu'][run]:.1%}"
         rate = result["flops_per_s"][run] / 1e9
         row = (f"{result['seconds_per_step'][run]:.4f}", f"{result['tokens_per_s'][run]:.0f}", f"{rate:.0f}", mfu)
-        table.add_row({"cast": "CAST", "plain": "distillation, AdamW"}[run], *row)
+        table.add_row(names[run], *row)
     console.print(table)
     console.print(f"CAST runs at {result['ratio']:.3f} of the plain speed")
+    if result["compiled_ratio"] is not None:
+        console.print(f"compiled, CAST runs at {result['compiled_ratio']:.3f} of its own speed")
     console.print("  ".join(f"{name} {s:.4f} s" for name, s in result["breakdown_s"].items()))
 
 
@@ -225,6 +239,7 @@ def main(
     eta: Annotated[float, typer.Option(help="Weight of the KL term; 0 has no teacher.")] = 1 / 3,
     train_embeddings: Annotated[bool, typer.Option(help="Train embeddings and lm_head.")] = True,
     gradient_checkpointing: Annotated[bool, typer.Option("--gradient-checkpointing")] = False,
+    compiled: Annotated[bool, typer.Option("--compile", help="Time CAST with compiled blocks, too.")] = False,
     write: Annotated[Path | None, typer.Option("--json", help="Directory to write the result to.")] = None,
 ) -> None:
     """Measure training speed; `--json benchmarks/results` keeps the result."""
@@ -247,7 +262,7 @@ def main(
         made: PreTrainedModel = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPES[shape]), dtype=torch.float32)
         return made
 
-    result = measure(make, config, rounds, lambda: console.print("round done"))
+    result = measure(make, config, rounds, lambda: console.print("round done"), compiled=compiled)
     print_result(result, console)
     if write is not None:
         machine = this_machine().model_dump()

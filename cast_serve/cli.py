@@ -5,7 +5,7 @@ from importlib.metadata import entry_points
 
 import typer
 
-from conversion.errors import InputError
+from conversion.errors import InputError, Interrupted
 
 COMMANDS = "cast.commands"
 ORDER = ["train", "convert", "serve", "bench", "eval", "pipeline", "info", "scaling-law"]
@@ -31,6 +31,9 @@ def main() -> None:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except Interrupted as stop:
+        print(stop, file=sys.stderr)
+        sys.exit(Interrupted.status)
 
 
 if __name__ == "__main__":

@@ -77,6 +77,8 @@ class TrainConfig(BaseModel):
     """Share parameters, gradients and optimizer state between the devices (FSDP2), instead of copying them to all."""
     gradient_checkpointing: bool = False
     """Keep only each block's input for the backward pass and compute the rest again: less memory, more time."""
+    compile: bool = False
+    """Fuse each block's operations by torch.compile, student's and teacher's; takes a while at the start."""
 
     def __init__(self, **values: Any) -> None:
         try:

@@ -9,7 +9,7 @@ from typing import Any
 
 from conversion.errors import InputError
 
-FREE_SETTINGS = ("save_steps", "log_steps", "fsdp", "gradient_checkpointing")
+FREE_SETTINGS = ("save_steps", "log_steps", "fsdp", "gradient_checkpointing", "compile")
 """Settings that do not touch the result."""
 
 

@@ -74,6 +74,10 @@ class CastTrainer(Trainer):
             for each in (model, self.teacher):
                 if each is not None:
                     each.set_attn_implementation("eager")
+        if config.compile:
+            for each in (model, self.teacher):
+                if each is not None:
+                    compile_blocks(each)
         self.add_callback(_StartOptimizer())
         self.model_accepts_loss_kwargs = False  # the loss is a mean, so Trainer divides by the accumulation steps
         self._sums: dict[str, Tensor] = {}
@@ -205,6 +209,17 @@ def last_hidden_state(model: PreTrainedModel, ids: Tensor) -> Tensor:
     else:
         hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
     return hidden
+
+
+def compile_blocks(model: PreTrainedModel) -> None:
+    """Compile the forward pass of every transformer block; they share what is compiled for the first.
+
+    Parameters and their names stay as they are. The loss, the optimizer and the collectives stay uncompiled.
+    """
+    names = set(model._no_split_modules or ())
+    for module in model.modules():
+        if type(module).__name__ in names:
+            module.forward = torch.compile(module.forward)
 
 
 def parameter_groups(model: PreTrainedModel, config: TrainConfig) -> list[dict[str, Any]]:

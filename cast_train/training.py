@@ -20,6 +20,7 @@ from cast_train.config import CastConfig, TrainConfig
 from cast_train.dataset import TokenBlocks, load_tokens
 from cast_train.dtensor import local, sum_of_pieces, whole
 from cast_train.health import Health, read_metrics
+from cast_train.interruption import StopOnSigterm
 from cast_train.mask import nm_mask
 from cast_train.oneshot import prune
 from cast_train.oneshot.calibration import calibration_samples
@@ -33,7 +34,7 @@ from cast_train.trainer import CastTrainer, check_resumable, last_checkpoint, tr
 from conversion.atomic import check_target, new_directory
 from conversion.checkpoint import Checkpoint
 from conversion.dense_model import context_length, dense_config, dense_model
-from conversion.errors import InputError
+from conversion.errors import InputError, Interrupted
 from conversion.hub import local_model
 from conversion.progress import without_transformers_bars
 from conversion.tokenizer import load_tokenizer
@@ -73,6 +74,7 @@ def train(
 
     Raises:
         InputError: anything given is wrong, or the loss is no longer finite.
+        Interrupted: SIGTERM came; a checkpoint was written.
     """
     console = Console(highlight=False, soft_wrap=True, quiet=int(os.environ.get("RANK", 0)) > 0)
     out = Path(out)
@@ -143,8 +145,11 @@ def train(
     # Train
     if checkpoint is not None:
         console.print(f"continuing from {checkpoint}")
-    with without_transformers_bars():  # of checkpoints
+    with without_transformers_bars(), StopOnSigterm(trainer):  # bars of checkpoints
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    step = trainer.state.global_step
+    if step < config.total_steps:
+        raise Interrupted(f"stopped after step {step} of {config.total_steps}, as asked: go on with --resume")
 
     # Cut, and see what it costs
     before = report_loss(trainer, examples)
@@ -269,7 +274,8 @@ def report_loss(trainer: CastTrainer, blocks: Examples) -> dict[str, float]:
     sums = {"loss": 0.0, "ce": 0.0, "kl": 0.0}
     for i in range(count):
         inputs = batch(blocks, range(i, i + 1), trainer.args.device)
-        with trainer.compute_loss_context_manager():
+        # not worth compiling for once more
+        with trainer.compute_loss_context_manager(), torch.compiler.set_stance("force_eager"):
             losses = trainer.distillation(trainer.student, inputs)
         for name in sums:
             sums[name] += getattr(losses, name).item()

@@ -1,5 +1,7 @@
 """The training benchmark on a tiny shape: its numbers hang together."""
 
+from functools import partial
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
@@ -33,3 +35,12 @@ def test_both_runs_are_timed_and_the_ratio_includes_the_mask() -> None:
     assert {"student forward", "teacher", "loss", "student backward", "optimizer"} < result["breakdown_s"].keys()
     flops = result["flops_per_token"]
     assert result["flops_per_s"]["plain"] == pytest.approx(sum(flops.values()) * result["tokens_per_s"]["plain"])
+
+
+def test_compiled_blocks_are_timed_beside_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    config = CastConfig.preset("full", batch_tokens=64, block_length=32, micro_batch_tokens=64, steps=1000)
+    result = measure(make, config, rounds=1, after_round=lambda: None, compiled=True)
+    speed = result["tokens_per_s"]
+    assert list(speed) == ["cast", "plain", "compiled"]
+    assert result["compiled_ratio"] == pytest.approx(speed["compiled"] / speed["cast"])

@@ -1,6 +1,7 @@
 """`cast train` end to end on tiny models: exact 2:4 out, killed and resumed, refusals."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -14,13 +15,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cast_serve import cli
-from cast_train.config import CastConfig
+from cast_train.config import AstConfig, CastConfig, TrainConfig
 from cast_train.health import read_metrics
-from cast_train.trainer import CastTrainer
+from cast_train.trainer import CastTrainer, last_checkpoint
 from cast_train.training import train
-from conversion.errors import InputError
+from conversion.errors import InputError, Interrupted
 from conversion.families import family_of, in_scope
-from tests.cast_train.tiny import config, save_model, write_text
+from tests.cast_train.tiny import BUDGET, config, save_model, write_text
 
 
 class Setting:
@@ -31,7 +32,7 @@ class Setting:
         self.source = save_model(root / "dense", family)
         self.text = write_text(root / "text.txt")
 
-    def train(self, out: str, settings: CastConfig, **options: Any) -> dict[str, Any]:
+    def train(self, out: str, settings: TrainConfig, **options: Any) -> dict[str, Any]:
         return train(self.source, [str(self.text)], self.root / out, settings, cache_dir=self.root / "cache", **options)
 
 
@@ -99,6 +100,38 @@ def test_gradient_checkpointing_changes_no_weight(llama: Setting) -> None:
         torch.testing.assert_close(again[name], tensor, rtol=0, atol=1e-6, msg=name)
 
 
+@pytest.mark.parametrize("method", ["cast", "ast"])
+def test_compiled_blocks_change_no_weight(llama: Setting, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the compiler's front ends; the code generator is tried in the next test, as it takes longer."""
+    compiled, original = [], torch.compile
+
+    def compile_quickly(function: Any) -> Any:
+        compiled.append(function)
+        return original(function, backend="aot_eager")
+
+    monkeypatch.setattr(torch, "compile", compile_quickly)
+    changes: dict[str, Any] = {"steps": 5, "mask_interval": 2}
+    settings = config(**changes) if method == "cast" else AstConfig(**{**BUDGET, "decay": 1e-2, **changes})
+    llama.train("plain", settings)
+    assert not compiled
+    llama.train("compiled", settings.model_copy(update={"compile": True}))
+    assert len(compiled) == 2 * 2  # blocks of student and teacher
+    plain, fused = (load_file(llama.root / out / "model.safetensors") for out in ("plain", "compiled"))
+    for name, tensor in plain.items():
+        torch.testing.assert_close(fused[name], tensor, rtol=0, atol=1e-5, msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{}, {"precision": "bf16"}, {"gradient_checkpointing": True}])
+def test_compiled_losses_are_the_plain_ones(llama: Setting, changes: dict[str, Any]) -> None:
+    llama.train("plain", config(**changes, steps=12))
+    llama.train("compiled", config(**changes, steps=12, compile=True))
+    plain, fused = (read_metrics(llama.root / out / "metrics.jsonl") for out in ("plain", "compiled"))
+    tolerance = 2e-2 if changes.get("precision") == "bf16" else 1e-5
+    for name in ("loss", "ce", "kl", "masked", "kept"):
+        assert [line[name] for line in fused] == pytest.approx([line[name] for line in plain], rel=tolerance), name
+
+
 def test_trains_in_bf16_without_a_teacher_and_with_frozen_embeddings(llama: Setting) -> None:
     before = load_file(llama.source / "model.safetensors")
     summary = llama.train("out", config(precision="bf16", eta=0.0, train_embeddings=False, steps=6))
@@ -119,9 +152,9 @@ def test_blocks_are_shortened_to_the_models_context(tmp_path: Path) -> None:
 # Runs `train` with the arguments of its first argument, and is killed (SIGKILL) where the second one says.
 KILLED_RUN = """
 import json, os, pathlib, signal, sys
-from cast_train.config import CastConfig
+from cast_train.config import AstConfig, CastConfig, TrainConfig
 from cast_train.health import Health
-from cast_train.trainer import CastTrainer
+from cast_train.trainer import CastTrainer, last_checkpoint
 from cast_train.training import train
 
 def kill(*args, **kwargs):
@@ -180,6 +213,28 @@ def test_killed_twice_and_resumed_is_bit_identical(gpt2: Setting, uninterrupted:
     steps = [line["step"] for line in read_metrics(gpt2.root / "killed" / "metrics.jsonl")]
     assert steps == sorted(set(steps))
     assert not (gpt2.root / "killed.run").exists()
+
+
+def test_sigterm_stops_with_a_checkpoint_of_that_step(gpt2: Setting, uninterrupted: Path) -> None:
+    def terminate(self: CastTrainer, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step == 9 and not sent:
+            sent.append(signal.SIGTERM)  # once, in the first of the step's micro-batches
+            os.kill(os.getpid(), signal.SIGTERM)
+        return training_step(self, *args, **kwargs)
+
+    sent: list[signal.Signals] = []
+    training_step = CastTrainer.training_step
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CastTrainer, "training_step", terminate)
+        with pytest.raises(Interrupted, match="stopped after step 10 of 24, as asked: go on with --resume"):
+            gpt2.train("stopped", config())
+    assert signal.getsignal(signal.SIGTERM) == handler
+    assert last_checkpoint(gpt2.root / "stopped.run") == gpt2.root / "stopped.run" / "checkpoint-10"
+    gpt2.train("stopped", config(), resume=True)
+    expected = load_file(uninterrupted / "model.safetensors")
+    resumed = load_file(gpt2.root / "stopped" / "model.safetensors")
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in expected.items())
 
 
 class Stop(Exception):
