@@ -10,6 +10,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
+from cast_serve import kernels
 from cast_serve.engine.library import executed
 from cast_serve.kernels import library_path, prepack_quantized
 from tests.cast_serve.test_quantized_kernels import FORMATS, quantized_layer
@@ -373,6 +374,18 @@ def test_bits_depend_on_neither_batch_nor_chunks(isa: str) -> None:
         rows.append(attention.step({1: chunks[1], 0: take(part, done, done_now), 2: chunks[2]})[0])
         done, step = done_now, step + 1
     assert np.array_equal(np.concatenate(rows), alone)
+
+
+def test_every_avx512_level_has_the_same_attention(isa: str) -> None:
+    """Its extensions add nothing to attention, which must not fall back to narrower vectors for them."""
+    if not isa.startswith("avx512"):
+        pytest.skip("not a level of AVX-512")
+    part = Attention().random(300, 0)
+    rows = Attention().step({0: part})[0]
+    kernels.set_isa("avx512")
+    assert np.array_equal(Attention().step({0: part})[0], rows)
+    kernels.set_isa("portable")
+    assert not np.array_equal(Attention().step({0: part})[0], rows)
 
 
 def test_attention_refuses_what_would_leave_the_cache() -> None:

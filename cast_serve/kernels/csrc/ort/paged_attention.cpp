@@ -317,7 +317,7 @@ void run_portable(void* plan, int64_t begin, int64_t end) { run_items<4>(*static
 
 cast24_task task_of_isa() {
 #if defined(__x86_64__)
-  if (std::strcmp(cast24_isa(), "avx512") == 0) return run_avx512;
+  if (std::strncmp(cast24_isa(), "avx512", 6) == 0) return run_avx512;  // its extensions serve linears only
   if (std::strcmp(cast24_isa(), "avx2") == 0) return run_avx2;
 #endif
   return run_portable;
