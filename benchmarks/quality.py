@@ -86,7 +86,7 @@ def table(
         model, data, heldout, preset, set_, context, eval_tokens, (tasks, task_dir, limit), work, keep_models
     )
     variants = find_variants(methods) + (ABLATIONS if ablations else [])
-    cells = plan(study, variants, _numbers("--tokens", tokens))
+    cells = plan(study, variants, parse_budgets("--tokens", tokens))
     about = _about(study)
     path = _target(out, name)
 
@@ -191,7 +191,7 @@ def _study(
         if not path.exists():
             raise InputError(f"{path} does not exist")
     names = tuple(filter(None, (part.strip() for part in (tasks or "").split(","))))
-    changes, own_changes = _changes(settings)
+    changes, own_changes = parse_settings(settings)
     return Study(
         model=model,
         data=tuple(data),
@@ -207,7 +207,7 @@ def _study(
     )
 
 
-def _changes(entries: list[str]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+def parse_settings(entries: list[str]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     """Parse --set: settings for all, and settings by method."""
     from benchmarks.comparison.variants import VARIANTS
 
@@ -236,7 +236,7 @@ def _value(text: str) -> Any:
         return text
 
 
-def _numbers(option: str, text: str) -> list[int]:
+def parse_budgets(option: str, text: str) -> list[int]:
     try:
         numbers = sorted({int(part.replace("_", "")) for part in text.split(",")})
     except ValueError:

@@ -20,10 +20,16 @@ ACCELERATORS: dict[str, Accelerator] = {
 }
 
 
-def peak_flops(device_name: str) -> float | None:
-    """Return the peak bf16 FLOP/s of a device by the name that its driver gives it; None if it is not known."""
+def accelerator_key(device_name: str) -> str | None:
+    """Return the key in ACCELERATORS of a device by the name that its driver gives it; None if it is not known."""
     name = device_name.lower().replace(" ", "-")
     for known in sorted(ACCELERATORS, key=len, reverse=True):  # "h100-pcie" before "h100"
         if known.removesuffix("-40gb") in name:
-            return ACCELERATORS[known].flops
+            return known
     return None
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Return the peak bf16 FLOP/s of a device by the name that its driver gives it; None if it is not known."""
+    key = accelerator_key(device_name)
+    return None if key is None else ACCELERATORS[key].flops

@@ -15,11 +15,12 @@ def run_cells(
 ) -> list[dict[str, Any]]:
     """Return the records of `cells`, reusing finished ones.
 
-    `finished` is called with all so far after each new one, and at the end.
+    `finished` is called with all that are there, again after each new one, and at the end.
     """
     done = {number: record for number, cell in enumerate(cells) if (record := study.finished(cell)) is not None}
     if done:
         console.print(f"{len(done)} of {len(cells)} cells are there already")
+        finished([record for _, record in sorted(done.items())])
     seconds, tokens = 0.0, 0
     for number, cell in enumerate(cells):
         if number not in done:

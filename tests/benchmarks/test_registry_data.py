@@ -7,13 +7,20 @@ import json
 import tarfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
 
 from benchmarks.registry import packages, sources, zero_shot
+from benchmarks.registry.__main__ import app
+from benchmarks.registry.model import model_from_gguf
 from benchmarks.registry.overlap import quoting
 from benchmarks.registry.packages import Package, Registry, fetch
 from conversion.errors import InputError
+from tests.cast_train.tiny import tokenizer
+from tests.conversion.models import CONFIGS, make_model
 
 
 def serve(monkeypatch: pytest.MonkeyPatch, registry: Registry, archive: Path) -> Package:
@@ -124,3 +131,27 @@ def test_a_test_set_becomes_rows_of_the_stock_task(tmp_path: Path) -> None:
     task = json.loads((tmp_path / "arc_easy/arc_easy.yaml").read_text())
     assert task["dataset_kwargs"]["data_files"] == {"test": "arc_easy/data.json"}
     assert (tmp_path / "arc_easy" / task["include"]).read_text() == "task: arc_easy\n"
+
+
+def test_a_gguf_file_is_put_together_from_its_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = tokenizer()
+    read: list[bytes] = []
+
+    def from_pretrained(directory: str, gguf_file: str, **others: Any) -> Any:
+        read.append((Path(directory) / gguf_file).read_bytes())
+        return make_model(CONFIGS["llama"], sparse=False) if others else tokens
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", from_pretrained)
+    parts = [tmp_path / "part-aa", tmp_path / "part-ab"]
+    for part, content in zip(parts, (b"GGUF12", b"34"), strict=True):
+        part.write_bytes(content)
+    with pytest.raises(InputError, match="part-ab does not begin a GGUF file"):
+        model_from_gguf(parts[::-1], tmp_path / "model")
+    with pytest.raises(InputError, match=r"no file .*part-ac"):
+        model_from_gguf([*parts, tmp_path / "part-ac"], tmp_path / "model")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["part-aa", "part-ab"]
+    result = CliRunner().invoke(app, ["from-gguf", str(tmp_path / "model"), *map(str, parts)])
+    assert result.exit_code == 0, result.exception
+    assert read == [b"GGUF1234"] * 2
+    assert {"model.safetensors", "tokenizer.json"} <= {path.name for path in (tmp_path / "model").iterdir()}
