@@ -6,7 +6,7 @@ DEMO := demo
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 NATIVE := setup.py $(shell find cast_serve/kernels/csrc -type f)
 
-.PHONY: demo test lint bench-kernels clean
+.PHONY: demo test lint bench-kernels sanitize clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.registry demo $(DEMO)
@@ -20,6 +20,9 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+sanitize: $(VENV)/.installed
+	$(BIN)/python -m tests.cast_serve.kernel_check
 
 bench-kernels: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.kernels

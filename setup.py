@@ -86,9 +86,10 @@ def sources(*folders: str) -> list[str]:
     return sorted(str(path) for folder in folders for path in (CSRC / folder).glob("*.cpp"))
 
 
-os.chdir(ROOT)
-extensions = [Extension("cast_serve.kernels.libcast24", sources("", "ort"))]
-if find_spec("torch"):
-    extensions.append(Extension("cast_serve.kernels._torch", sources("torch")))
+if __name__ == "__main__":
+    os.chdir(ROOT)
+    extensions = [Extension("cast_serve.kernels.libcast24", sources("", "ort"))]
+    if find_spec("torch"):
+        extensions.append(Extension("cast_serve.kernels._torch", sources("torch")))
 
-setup(ext_modules=extensions, cmdclass={"build_ext": BuildNative})
+    setup(ext_modules=extensions, cmdclass={"build_ext": BuildNative})

@@ -2,7 +2,7 @@
  *
  * Everywhere: x is float32 [M, K] and y is float32 [M, N], both contiguous and row-major; bias is float32 [N] or NULL;
  * bf16 values are the upper 16 bits of a float32, as uint16_t. No pointer needs more than its element's alignment.
- * Sums are float32. 2:4 bf16 weights meet x rounded to bf16 on a CPU that multiplies pairs of bf16 ("avx512bf16" below),
+ * Panels of quantized weights, which are bytes, start on a multiple of 4. Sums are float32. 2:4 bf16 weights meet x rounded to bf16 on a CPU that multiplies pairs of bf16 ("avx512bf16" below),
  * x as it is on others. A row of y depends on its own row of x only, bit for bit: neither M, nor the other rows, nor the
  * number of threads changes it (another instruction set may).
  *

@@ -176,8 +176,12 @@ struct PortableBytes {
       poison += x[k] * 0.0f;
     }
     const float inverse = largest > 0 ? 127.0f / largest : 0.0f;
-    for (int64_t k = 0; k < columns; ++k)
-      q[k] = static_cast<uint8_t>(static_cast<int>(__builtin_rintf(x[k] * inverse)) + offset);
+    for (int64_t k = 0; k < columns; ++k) {
+      // Not within range, and then 0: what is not finite, and all where 127 / largest is not.
+      const float scaled = x[k] * inverse;
+      const int rounded = scaled >= -127.5f && scaled <= 127.5f ? static_cast<int>(__builtin_rintf(scaled)) : 0;
+      q[k] = static_cast<uint8_t>(rounded + offset);
+    }
     return largest / 127.0f + poison;
   }
 };
