@@ -139,3 +139,23 @@ def test_a_sharded_run_goes_on_under_another_number_of_processes(trained: Traine
     assert "written by a sharded run: continue it under torchrun with --fsdp" in printed
     close(trained.weights("llama-alone"), trained.weights("stopped"))
     close(trained.weights("ast-alone"), trained.weights("ast-stopped"))
+
+
+def test_accelerate_launch_trains_as_one_process_does(trained: Trained) -> None:
+    """As a user types it; also a setting's way from the command line through two processes."""
+    settings = {**SETTINGS, "precision": "fp32", "decay": 1e-2, "warm_start": "magnitude", "shrink": 0.2}
+    options = ("lr", "schedule", "batch_tokens", "block_length", "steps", "precision", "decay", "warm_start", "shrink")
+    command = ["train", str(trained.root / "llama"), "--data", str(trained.root / "text.txt"), "--preset", "full"]
+    command += [part for name in options for part in (f"--{name.replace('_', '-')}", str(settings[name]))]
+    accelerate = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--cpu", "--num_processes", "2"]
+    accelerate += ["--main_process_port", "0"]  # any that is free
+    process = subprocess.run(
+        [*accelerate, "-m", "cast_serve.cli", *command, "--out", str(trained.root / "launched")],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(trained.root / "xdg")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert process.returncode == 0, process.stderr[-5000:]
+    assert process.stdout.count(f"saved {trained.root / 'launched'}\n") == 1
+    close(trained.weights("llama-alone"), trained.weights("launched"))

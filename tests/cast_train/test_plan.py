@@ -33,11 +33,11 @@ def write_config(directory: Path, family: str = "llama", **changes: Any) -> Path
 def settings(method: str = "cast", **changes: Any) -> TrainConfig:
     fields = config(batch_tokens=64, micro_batch_tokens=32, steps=4).model_dump()
     known = {name: fields[name] for name in CONFIGS[method].model_fields if name in fields}
-    return CONFIGS[method](**{**known, "decay": 1e-2, **changes} if method != "gmp" else known)
+    return CONFIGS[method](**known | ({} if method == "gmp" else {"decay": 1e-2}) | changes)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-@pytest.mark.parametrize("method", ["cast", "ast"])
+@pytest.mark.parametrize("method", ["cast", "ast", "srste", "gmp"])
 def test_what_is_held_all_the_time_is_exact(tmp_path: Path, family: str, method: str) -> None:
     directory = write_config(tmp_path / "model", family)
     chosen = settings(method, precision="bf16")
