@@ -2,12 +2,17 @@
 
 Both models' linears are rounded by the same code, to nearest and on calibration text; embedding and lm_head stay as
 they are. Bits count everything that is stored for a weight of these linears: value, bitmask, and float32 scales.
+Dated markdown, JSON and a plot go to benchmarks/results. What is measured is kept in --work, so that a call that was
+interrupted goes on.
 """
 
+import hashlib
+import itertools
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from datetime import date
 from pathlib import Path
 from typing import Annotated
 
@@ -20,9 +25,11 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from benchmarks.load.machine import this_machine
+from cast_train.evaluation.evaluate import versions
 from cast_train.evaluation.perplexity import score_windows
 from cast_train.evaluation.windows import heldout_windows
-from conversion.atomic import new_directory
+from cast_train.run import source_hash
+from conversion.atomic import write_text
 from conversion.checkpoint import Checkpoint
 from conversion.dense_model import context_length, dense_model
 from conversion.errors import InputError
@@ -30,6 +37,8 @@ from conversion.quantization.calibrated import calibration_sequences, scope_modu
 from conversion.quantization.formats import FP8, INT4, INT8, Quantization, ValueFormat
 from conversion.quantization.quantize import quantize_model
 from conversion.text import read_documents
+
+RESULTS = Path(__file__).parent / "results"
 
 # No stored format: what a dense model must go down to for the bits of 2:4 with 4-bit values.
 INT3 = ValueFormat("int3", 3, torch.int8, -4, 3, 64)
@@ -91,23 +100,38 @@ def mean_bits(checkpoint: Checkpoint, quantization: Quantization | None, *, spar
     return total / weights
 
 
-def results(checkpoint: Checkpoint, windows: Tensor, calibration: Tensor, *, sparse: bool) -> Iterator[Result]:
-    """Score one model unquantized, then in every format with both roundings; each starts from the stored weights."""
+def results(
+    checkpoint: Checkpoint, windows: Tensor, calibration: Tensor, work: Path, *, sparse: bool
+) -> Iterator[Result]:
+    """Score one model unquantized, then in every format with both roundings; each starts from the stored weights.
+
+    What lies in `work` of an earlier call with the same model and texts is not measured again.
+    """
     model_name = "2:4" if sparse else "dense"
-    plain = score_windows(dense_model(checkpoint, torch.float32), windows, description=model_name).perplexity
     width = str(checkpoint.dtype).removeprefix("torch.")
-    yield Result(model_name, width, None, "none", mean_bits(checkpoint, None, sparse=sparse), plain)
-    for quantization in SPARSE if sparse else DENSE:
-        bits = mean_bits(checkpoint, quantization, sparse=sparse)
-        for rounding, text in (("nearest", None), ("calibrated", calibration)):
+    texts = [hashlib.sha256(tokens.numpy().tobytes()).hexdigest() for tokens in (windows, calibration)]
+    shape = [windows.shape[1], calibration.shape[1]]
+    identity = json.dumps([source_hash(checkpoint.directory), texts, shape, sparse])
+    digest = hashlib.sha256(identity.encode()).hexdigest()[:12]
+    cells: list[tuple[Quantization | None, str]] = [(None, "none")]
+    cells += itertools.product(SPARSE if sparse else DENSE, ("nearest", "calibrated"))
+    for quantization, rounding in cells:
+        values = width if quantization is None else quantization.values.name
+        group_size = None if quantization is None else quantization.group_size
+        path = work / digest / f"{values}-{group_size or 'row'}-{rounding}.json"
+        if not path.exists():
             model = dense_model(checkpoint, torch.float32)
-            linears = scope_modules(model, checkpoint).values()
-            for _ in quantize_model(model, set(linears), quantization, text, sparse=sparse):
-                pass
-            perplexity = score_windows(
-                model, windows, description=f"{model_name} {quantization.values.name}"
-            ).perplexity
-            yield Result(model_name, quantization.values.name, quantization.group_size, rounding, bits, perplexity)
+            if quantization is not None:
+                linears = set(scope_modules(model, checkpoint).values())
+                text = calibration if rounding == "calibrated" else None
+                for _ in quantize_model(model, linears, quantization, text, sparse=sparse):
+                    pass
+            perplexity = score_windows(model, windows, description=f"{model_name} {values}").perplexity
+            bits = mean_bits(checkpoint, quantization, sparse=sparse)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            result = Result(model_name, values, group_size, rounding, bits, perplexity)
+            write_text(path, json.dumps(asdict(result)) + "\n")
+        yield Result(**json.loads(path.read_text()))
 
 
 def markdown(found: list[Result]) -> str:
@@ -160,12 +184,18 @@ def main(
     sparse: Annotated[Path, typer.Option(help="Its 2:4 version, a plain Hugging Face directory.")],
     heldout: Annotated[Path, typer.Option(help="Held-out text.")],
     calibration: Annotated[Path, typer.Option(help="Text to calibrate on, other than the held-out one.")],
-    out: Annotated[Path, typer.Option(help="Directory to make: quantized.md, quantized.json, quantized.png.")],
     tokens: Annotated[int, typer.Option(help="Most held-out tokens to score.")] = 50_176,
     calibration_tokens: Annotated[int, typer.Option(help="Most tokens to calibrate on.")] = 32_768,
     context: Annotated[int, typer.Option(help="Tokens per window.")] = 1024,
+    work: Annotated[Path, typer.Option(help="Directory of what is measured, to go on with.")] = Path("quantized"),
+    name: Annotated[str, typer.Option(help="What results are called, after the date.")] = "quantized",
+    out: Annotated[Path, typer.Option(help="Directory of the results.")] = RESULTS,
 ) -> None:
-    """Compare 2:4 and dense quantized models at equal bits."""
+    """Compare 2:4 and dense quantized models at equal bits.
+
+    Example: python -m benchmarks.quantized_quality --dense SmolLM2-135M-Instruct --sparse work/cast
+    --heldout heldout.jsonl --calibration train.jsonl
+    """
     checkpoints = [Checkpoint(dense), Checkpoint(sparse)]
     if (violation := checkpoints[1].first_violation()) is not None:
         raise InputError(f"{sparse} is not 2:4: {violation}")
@@ -175,24 +205,30 @@ def main(
     sequences = calibration_sequences([calibration], tokenizer, length, calibration_tokens)
     found: list[Result] = []
     for checkpoint, is_sparse in zip(checkpoints, (False, True), strict=True):
-        for result in results(checkpoint, windows, sequences, sparse=is_sparse):
+        for result in results(checkpoint, windows, sequences, work, sparse=is_sparse):
             found.append(result)
             Console().print(f"{result.name}, {result.rounding}: {result.perplexity:.3f} in {result.bits:.2f} bits")
     report = {
-        "date": datetime.now(UTC).date().isoformat(),
+        "date": date.today().isoformat(),
         "machine": this_machine().model_dump(),
+        "versions": versions(),
         "dense": str(dense),
         "sparse": str(sparse),
         "heldout": {"data": str(heldout), "tokens": windows.numel(), "context": context},
         "calibration": {"data": str(calibration), "tokens": sequences.numel()},
         "results": [asdict(result) for result in found],
     }
-    with new_directory(out) as building:
-        (building / "quantized.json").write_text(json.dumps(report, indent=1) + "\n")
-        (building / "quantized.md").write_text(markdown(found))
-        plot(found, building / "quantized.png")
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / f"{report['date']}-{name}"
+    write_text(path.with_suffix(".json"), json.dumps(report, indent=1) + "\n")
+    write_text(path.with_suffix(".md"), markdown(found))
+    plot(found, path.with_suffix(".png"))
     Console().print(markdown(found))
+    Console().print(f"written: {path.with_suffix('.md')}, .json, .png", soft_wrap=True)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    try:
+        typer.run(main)
+    except InputError as error:
+        sys.exit(f"error: {error}")

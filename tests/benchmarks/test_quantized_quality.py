@@ -2,10 +2,12 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from benchmarks import quantized_quality
+from cast_train.evaluation.perplexity import score_windows
 from conversion.errors import InputError
 from conversion.quantization.formats import INT4, INT8, Quantization
 from tests.cast_train.tiny import save_model, tokenizer, write_text
@@ -21,8 +23,32 @@ def test_the_table_the_json_and_the_plot(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(quantized_quality, "DENSE", formats)
     monkeypatch.setattr(quantized_quality, "SPARSE", formats[:2])
     text = tmp_path / "text.txt"
-    quantized_quality.main(tmp_path / "dense", tmp_path / "sparse", text, text, tmp_path / "out", 512, 512, 64)
-    results = json.loads((tmp_path / "out" / "quantized.json").read_text())["results"]
+
+    def run() -> list[dict[str, Any]]:
+        directories = {"work": tmp_path / "work", "out": tmp_path / "out"}
+        quantized_quality.main(tmp_path / "dense", tmp_path / "sparse", text, text, 512, 512, 64, **directories)
+        (report,) = (json.loads(path.read_text()) for path in (tmp_path / "out").glob("*-quantized.json"))
+        assert report["versions"]["torch"]
+        return report["results"]
+
+    # Interrupted in its fourth measurement, it goes on there
+    calls = 0
+
+    def interrupted(*arguments: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            raise KeyboardInterrupt
+        return score_windows(*arguments, **options)
+
+    monkeypatch.setattr(quantized_quality, "score_windows", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    assert not (tmp_path / "out").exists()
+    results = run()
+    assert calls == 4 + 1 + 6 + 1 + 4 - 3
+    assert run() == results
+    assert calls == 4 + 1 + 6 + 1 + 4 - 3
     assert len(results) == 1 + 6 + 1 + 4
     bits = {(r["model"], r["values"]): r["bits"] for r in results}
     # K is 32 in all linears but down_proj, where it is 56: two groups of 32
@@ -33,13 +59,11 @@ def test_the_table_the_json_and_the_plot(tmp_path: Path, monkeypatch: pytest.Mon
     assert bits["2:4", "int4"] == pytest.approx(3 + scales)
     perplexity = {(r["model"], r["values"], r["rounding"]): r["perplexity"] for r in results}
     assert perplexity["2:4", "int8", "calibrated"] == pytest.approx(perplexity["2:4", "float32", "none"], rel=0.05)
-    assert "- 2:4 int8:" in (tmp_path / "out" / "quantized.md").read_text()
-    assert (tmp_path / "out" / "quantized.png").read_bytes().startswith(b"\x89PNG")
+    assert "- 2:4 int8:" in next((tmp_path / "out").glob("*.md")).read_text()
+    assert next((tmp_path / "out").glob("*.png")).read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_dense_model_in_place_of_the_sparse_one_is_refused(tmp_path: Path) -> None:
     save_model(tmp_path / "dense")
     with pytest.raises(InputError, match="is not 2:4: tensor"):
-        quantized_quality.main(
-            tmp_path / "dense", tmp_path / "dense", tmp_path / "t", tmp_path / "t", tmp_path / "o", 64, 64, 64
-        )
+        quantized_quality.main(tmp_path / "dense", tmp_path / "dense", tmp_path / "t", tmp_path / "t")
