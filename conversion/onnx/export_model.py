@@ -15,6 +15,7 @@ from conversion.atomic import new_directory
 from conversion.checkpoint import COMPANION_FILES, Checkpoint
 from conversion.dense_model import dense_model
 from conversion.errors import InputError
+from conversion.families import LM_HEAD
 from conversion.fingerprint import source_fingerprint
 from conversion.onnx.dense_linear import use_dense_linear
 from conversion.onnx.logits_rows import select_logits_rows
@@ -27,6 +28,7 @@ from conversion.packed import PATTERN
 from conversion.packed_checkpoint import PackedCheckpoint, open_checkpoint
 from conversion.progress import byte_progress
 from conversion.quantization.formats import Quantization
+from conversion.quantization.quantize import quantize_dense
 from conversion.tokenizer import load_tokenizer
 
 MODEL = "model.onnx"
@@ -59,8 +61,9 @@ def export(
         value_dtype: "float32" or "bfloat16" for the kept values of a 2:4 model; None keeps bfloat16 as it is and takes
             float32 for the rest. Must be None or "float32" for a dense model. Quantized values stay so, unless it is
             named: then they are dequantized.
-        float_activations: for quantized values: multiply by activations as they are, not rounded to 8 bits.
-        embedding: quantize embedding and lm_head so, rounding to nearest; None keeps them. For 2:4 models only.
+        float_activations: multiply quantized weights by activations as they are, not rounded to 8 bits.
+        embedding: quantize embedding and lm_head so, rounding to nearest; None keeps them as stored. For 2:4 models
+            only.
         overwrite: replace an existing `out_dir`.
 
     Raises:
@@ -72,6 +75,10 @@ def export(
     dtype = _value_dtype(source, sparse, value_dtype)
     if embedding is not None and not sparse:
         raise InputError(f"{source.directory} is not 2:4, and a dense model is exported in float32 only")
+    if embedding is not None and isinstance(source, PackedCheckpoint) and source.embedding is not None:
+        raise InputError(
+            f"the embedding of {source.directory} is already {source.embedding.values.name}: leave --embedding out"
+        )
     with new_directory(Path(out_dir), overwrite, source.directory) as building:
         model = dense_model(source)
         graph = stock_graph(model)
@@ -84,8 +91,9 @@ def export(
         elif sparse:
             panels = use_sparse_matmul(graph, _VALUE_DTYPES[dtype])
         embeddings = _weight(model.get_input_embeddings()), _weight(model.get_output_embeddings())
-        if embedding is not None:
-            use_quantized_embedding(graph, *embeddings, embedding)
+        quantized = _quantized_embeddings(source, embeddings, embedding)
+        if quantized is not None:
+            use_quantized_embedding(graph, *quantized, float_activations=float_activations)
         elif sparse:
             use_dense_linear(graph, *embeddings)
         RemoveUnusedNodesPass()(graph)
@@ -132,6 +140,25 @@ def _save(graph: ir.Model, directory: Path, show_progress: bool) -> None:
             alignment=PAGE,
             align_threshold=PAGE,
         )
+
+
+def _quantized_embeddings(
+    source: Checkpoint | PackedCheckpoint, weights: tuple[torch.Tensor, torch.Tensor], requested: Quantization | None
+) -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor], Quantization] | None:
+    """Codes and scales of embedding and lm_head, the same pair where the two are tied: as stored, or as requested."""
+    tied = weights[0] is weights[1]
+    if isinstance(source, PackedCheckpoint) and source.embedding is not None:
+        stored = {f"{name}.weight": source.quantized_embedding(name) for name in source.quantized_embeddings}
+        embedding = next(pair for name, pair in stored.items() if name != LM_HEAD)
+        return embedding, embedding if tied else stored[LM_HEAD], source.embedding
+    if requested is None:
+        return None
+    if weights[0].shape[1] % 8:
+        raise InputError(
+            f"an embedding of {weights[0].shape[1]} columns cannot be quantized: it must be a multiple of 8"
+        )
+    embedding = quantize_dense(weights[0], requested)
+    return embedding, embedding if tied else quantize_dense(weights[1], requested), requested
 
 
 def _weight(module: torch.nn.Module) -> torch.Tensor:

@@ -1,37 +1,38 @@
 """Rewrite 4, quantized: embedding and lm_head as cast24::EmbeddingNBits and DenseNBits, which share tied weights."""
 
 import onnx_ir as ir
-import torch
 from torch import Tensor
 
-from conversion.errors import InputError
 from conversion.onnx.dense_linear import EMBEDDING
 from conversion.onnx.paged_attention import DOMAIN
-from conversion.quantization.formats import Quantization, encode
-from conversion.quantization.quantize import quantize_weight
+from conversion.quantization.formats import Quantization
 from conversion.quantized_panel import panel_group, to_quantized_panels
 
 
-def use_quantized_embedding(model: ir.Model, embedding: Tensor, lm_head: Tensor, quantization: Quantization) -> None:
-    """Round embedding and lm_head to nearest and let both operators read the codes, in place.
+def use_quantized_embedding(
+    model: ir.Model,
+    embedding: tuple[Tensor, Tensor],
+    lm_head: tuple[Tensor, Tensor],
+    quantization: Quantization,
+    *,
+    float_activations: bool,
+) -> None:
+    """Let both operators read codes, in place.
 
     Args:
         model: a graph that gathers from the embedding and ends in lm_head's MatMul.
-        embedding: [V, H] token embedding.
-        lm_head: [V, H] weight of lm_head, the very same tensor where the two are tied.
+        embedding: codes as stored, [V, H] (4-bit: [V, H/2]), and scales [V, G] of the token embedding.
+        lm_head: the same of lm_head; the very same pair where the two are tied.
         quantization: int8 or int4, and its groups.
-
-    Raises:
-        InputError: H is no multiple of 8.
+        float_activations: multiply lm_head by activations as they are, instead of rounded to 8 bits.
     """
     graph = model.graph
-    rows, columns = embedding.shape
-    if columns % 8:
-        raise InputError(f"an embedding of {columns} columns cannot be quantized: it must be a multiple of 8")
+    rows, columns = embedding[0].shape[0], embedding[0].shape[1] * 8 // quantization.values.bits
     attributes = {"K": columns, "bits": quantization.values.bits, "group_size": panel_group(quantization)}
 
-    def panels(weight: Tensor, name: str) -> ir.Value:
-        tensor = ir.tensor(_panels(weight.detach().float(), quantization).numpy(), name=name)
+    def panels(weight: tuple[Tensor, Tensor], name: str) -> ir.Value:
+        stored, scale = weight
+        tensor = ir.tensor(to_quantized_panels(stored, None, scale, quantization).numpy(), name=name)
         value = ir.Value(
             name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape.numpy()), const_value=tensor
         )
@@ -56,13 +57,8 @@ def use_quantized_embedding(model: ir.Model, embedding: Tensor, lm_head: Tensor,
     linear = ir.node(
         "DenseNBits",
         [head.inputs[0], weight],
-        {**attributes, "N": lm_head.shape[0]},
+        {**attributes, "N": lm_head[0].shape[0], "float_activations": int(float_activations)},
         domain=DOMAIN,
         name="/lm_head/DenseNBits",
     )
     ir.convenience.replace_nodes_and_values(graph, head, [head], [linear], [logits], [linear.outputs[0]])
-
-
-def _panels(weight: Tensor, quantization: Quantization) -> Tensor:
-    codes, scale = quantize_weight(weight, torch.ones_like(weight, dtype=torch.bool), quantization)
-    return to_quantized_panels(encode(codes, quantization.values), None, scale, quantization)

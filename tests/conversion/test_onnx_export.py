@@ -155,6 +155,22 @@ def test_quantized_values_are_served_as_they_are(name, quantization, tmp_path):
     assert "model.embed_tokens.weight" not in held
 
 
+@pytest.mark.parametrize("embedding", [Quantization(INT8, None), Quantization(INT4, 32)], ids=["int8", "int4"])
+@pytest.mark.parametrize("quantization", [None, Quantization(INT8, None)], ids=["float32", "int8"])
+@pytest.mark.parametrize("name", ["llama", "llama-untied-rope3", "gpt2", "opt"])
+def test_a_quantized_embedding_is_served_as_it_is_stored(name, quantization, embedding, tmp_path):
+    source = save(make_model(CONFIGS[name], sparse=True), tmp_path / "model")
+    save_packed(source, tmp_path / "packed", quantization=quantization, embedding=embedding)
+    model = dense_model(open_checkpoint(tmp_path / "packed"), torch.float32)
+    export(tmp_path / "packed", tmp_path / "exact", float_activations=True)
+    assert_same_logits(tmp_path / "exact", onnxruntime, model)
+    sizes = {name: tensor.dims for name, tensor in initializers(tmp_path / "exact").items() if "panels" in name}
+    assert ("lm_head.panels" in sizes) == (name == "llama-untied-rope3")
+    assert "model.embed_tokens.weight" not in initializers(tmp_path / "exact")
+    with pytest.raises(InputError, match=f"already {embedding.values.name}: leave --embedding out"):
+        export(tmp_path / "packed", tmp_path / "again", embedding=embedding)
+
+
 def test_eight_bit_floats_have_no_kernel(sparse_llama, tmp_path):
     save_packed(sparse_llama, tmp_path / "packed", quantization=Quantization(FP8, None))
     with pytest.raises(InputError, match="float8_e4m3fn values, for which the CPU has no kernel"):
