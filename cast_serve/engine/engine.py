@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from cast_serve.engine import sampler
+from cast_serve.engine.cores import usable_cores
 from cast_serve.engine.generation import EngineError, Generation
 from cast_serve.engine.kv_cache import BLOCK_TOKENS, BlockAllocator
 from cast_serve.engine.onnx_model import OnnxModel
@@ -32,7 +33,7 @@ class Engine:
         kv_cache_tokens: capacity of the key-value cache; by default max_batch_size * min(context, 2048). Memory becomes
             resident as it is used, and is given back when there is nothing to do. A capacity below the model's context
             becomes the context.
-        threads: threads of the computation; by default one for each physical core.
+        threads: threads of the computation; by default one for each core that the process may use.
 
     All methods may be called from any thread.
     """
@@ -59,7 +60,7 @@ class Engine:
             max_batch_size=max_batch_size,
             step_tokens=step_tokens,
             kv_cache_tokens=kv_cache_tokens,
-            threads=threads,
+            threads=threads or usable_cores(),
         )
         self.info = self._model.info
         self._allocator = BlockAllocator(self._model.blocks)

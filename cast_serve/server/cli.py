@@ -27,7 +27,7 @@ def serve(
     kv_cache_tokens: Annotated[
         int | None, typer.Option(min=1, help="Tokens that the KV cache holds; default: chosen by the engine.")
     ] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads that compute; default: all cores.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads that compute; default: all usable cores.")] = None,
     value_dtype: Annotated[
         ValueDtype | None, typer.Option(help="Dtype of a 2:4 model's kept values; default: as DIR holds them.")
     ] = None,
