@@ -120,9 +120,11 @@ class Fit:
 def fit_scaling_law(records: Sequence[RunRecord], *, bootstraps: int = BOOTSTRAPS, seed: int = 0) -> Fit:
     """Fit the law by least squares of log loss with Huber's loss, from several starts.
 
-    Confidence comes from a parametric bootstrap: losses predicted by the best fit, with normal noise in log loss of the
-    size that its residuals show, fitted again. (Residuals drawn anew would not do: a fit this robust goes right through
-    as many runs as it has constants.) The held-out error leaves the largest run out.
+    Confidence comes from a parametric bootstrap: losses predicted by the best fit, with normal noise in log loss,
+    fitted again. Few residuals hardly show how large that noise is, so each bootstrap draws its size from what they
+    leave possible, spread * sqrt(df / chi2(df)); one size for all would give bands of normal quantiles where Student's
+    are due. (Residuals drawn anew would not do: a fit this robust goes right through as many runs as it has constants.)
+    The held-out error leaves the largest run out.
 
     Raises:
         InputError: fewer runs, sizes or token counts than the law has constants for.
@@ -130,11 +132,12 @@ def fit_scaling_law(records: Sequence[RunRecord], *, bootstraps: int = BOOTSTRAP
     records = sorted(records, key=lambda record: (record.parameters, record.tokens))
     check_enough(records)
     law = _fit(records, _starts(records))
+    degrees = len(records) - _constants(records)
     squares = sum(math.log(record.loss / law.loss(record.parameters, record.tokens)) ** 2 for record in records)
-    spread = math.sqrt(squares / (len(records) - _constants(records)))
     generator = np.random.default_rng(seed)
     resampled = []
     for _ in range(bootstraps):
+        spread = math.sqrt(squares / generator.chisquare(degrees))
         drawn = generator.normal(0.0, spread, len(records))
         again = [
             replace_loss(record, law.loss(record.parameters, record.tokens) * math.exp(noise))
