@@ -15,7 +15,8 @@ from torch import Tensor
 
 from cast_serve.kernels import prepack, prepack_quantized
 
-ROTATED_BYTES = 128 << 20
+ROTATED_BYTES = 384 << 20
+"""Of each candidate's weights: much more than a last-level cache, which keeps a part of what just exceeds it."""
 ORT_BLOCK = 128
 """Columns that share a scale in ORT's 8-bit MatMulNBits: with more scales it is slower."""
 

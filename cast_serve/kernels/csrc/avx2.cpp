@@ -54,6 +54,9 @@ struct Avx2 {
 // Without VNNI: 16-bit sums of two byte products (|x| <= 127 and |w| <= 127, so they fit), then of four.
 struct Avx2Bytes {
   using Ints = __m256i;
+  struct Inputs {
+    Ints half[2];
+  };
   using Sums = __m256i;
   using Floats = __m256;
   static constexpr int W = 8;
@@ -78,10 +81,13 @@ struct Avx2Bytes {
     const int first = block % 2 ? 0x0c0c0808 : 0x04040000;
     return _mm256_or_si256(_mm256_and_si256(fields, _mm256_set1_epi8(3)), _mm256_set1_epi32(first));
   }
-  static Ints table(const uint8_t* p) {
+  static Ints repeat(const uint8_t* p) {
     return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   }
-  static Ints pick(Ints table, Ints columns) { return _mm256_shuffle_epi8(table, columns); }
+  static Inputs inputs(const uint8_t* p) { return {{repeat(p), repeat(p + 16)}}; }
+  static Ints pick(const Inputs& inputs, Ints columns, int block) {
+    return _mm256_shuffle_epi8(inputs.half[block / 2], columns);
+  }
   static Ints broadcast(const uint8_t* p) {
     int four;
     __builtin_memcpy(&four, p, sizeof four);
@@ -91,7 +97,9 @@ struct Avx2Bytes {
     const Ints pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(x), _mm256_sign_epi8(w, x));
     return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
   }
-  static Sums start(const int16_t*, int) { return _mm256_setzero_si256(); }
+  static Sums zero() { return _mm256_setzero_si256(); }
+  static Sums add(Sums a, Sums b) { return _mm256_add_epi32(a, b); }
+  static Sums start(const int16_t*, int) { return zero(); }
 
   static Floats load_floats(const float* p) { return _mm256_loadu_ps(p); }
   static void store_floats(float* p, Floats v) { _mm256_storeu_ps(p, v); }

@@ -9,6 +9,7 @@ namespace {
 
 struct Vnni {
   using Ints = __m512i;
+  using Inputs = __m512i;
   using Sums = __m512i;
   using Floats = __m512;
   static constexpr int W = 16;
@@ -23,19 +24,22 @@ struct Vnni {
     // Byte d of a lane takes the bits from 8 * block + 2 * d on; two lanes share a 64-bit element.
     const int64_t lane = 0x06040200 + 0x08080808 * block;
     const Ints fields = _mm512_multishift_epi64_epi8(_mm512_set1_epi64(lane | (lane + 0x20202020) << 32), words);
-    const int first = block % 2 ? 0x0c0c0808 : 0x04040000;
+    const int first = 0x04040000 + 0x08080808 * block;
     return _mm512_ternarylogic_epi32(fields, _mm512_set1_epi8(3), _mm512_set1_epi32(first), 0xea);  // (a & b) | c
   }
-  static Ints table(const uint8_t* p) {
-    return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  // All 32 are in one table: no broadcast of 16, which would compete with the picks for the shuffle units.
+  static Inputs inputs(const uint8_t* p) {
+    return _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   }
-  static Ints pick(Ints table, Ints columns) { return _mm512_shuffle_epi8(table, columns); }
+  static Ints pick(Inputs inputs, Ints columns, int) { return _mm512_permutexvar_epi8(columns, inputs); }
   static Ints broadcast(const uint8_t* p) {
     int four;
     __builtin_memcpy(&four, p, sizeof four);
     return _mm512_set1_epi32(four);
   }
   static Sums dot(Sums sum, Ints x, Ints w) { return _mm512_dpbusd_epi32(sum, x, w); }
+  static Sums zero() { return _mm512_setzero_si512(); }
+  static Sums add(Sums a, Sums b) { return _mm512_add_epi32(a, b); }
   static Sums start(const int16_t* sums, int shift) {
     const Ints wide = _mm512_cvtepi16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(sums)));
     return _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_slli_epi32(wide, shift));

@@ -14,11 +14,13 @@ constexpr int kDenseRows = 4;                         // weight rows that one de
 
 // What it takes to multiply by quantized weights (see quantized_tile.h).
 struct QuantizedKernels {
-  // tile [rows, kTileWidth] += x W^T for one panel.
-  void (*tile)(const QuantizedRows& x, int64_t rows, const QuantizedLayout& layout, const uint8_t* panel, float* tile);
+  // tile [rows, kTileWidth] += x[first : first + rows] W^T for one panel.
+  void (*tile)(const QuantizedRows& x, int64_t first, int64_t rows, const QuantizedLayout& layout, const uint8_t* panel,
+               float* tile);
 
-  // Round rows of x [rows, K] as `tile` wants them: q [rows, words * 32], scale [rows, groups].
-  void (*quantize_rows)(const float* x, int64_t rows, const QuantizedLayout& layout, uint8_t* q, float* scale);
+  // Round rows first .. first + rows - 1 of x [M, K] as `tile` wants them.
+  void (*quantize_rows)(const float* x, int64_t first, int64_t rows, const QuantizedLayout& layout,
+                        const QuantizedRows& rounded);
 };
 
 // What multiplies 2:4 bf16 weights by inputs rounded to bf16, for CPUs that multiply pairs of bf16.

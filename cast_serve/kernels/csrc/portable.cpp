@@ -97,6 +97,7 @@ struct PortableBytes {
   struct Ints {
     int8_t byte[W][4];
   };
+  using Inputs = const uint8_t*;
   struct Sums {
     int32_t lane[W];
   };
@@ -124,18 +125,14 @@ struct PortableBytes {
     Ints v;
     for (int i = 0; i < W; ++i)
       for (int b = 0; b < 4; ++b)
-        v.byte[i][b] = static_cast<int8_t>((static_cast<uint8_t>(words.byte[i][block]) >> 2 * b & 3) + b / 2 * 4 + block % 2 * 8);
+        v.byte[i][b] = static_cast<int8_t>((static_cast<uint8_t>(words.byte[i][block]) >> 2 * b & 3) + b / 2 * 4 + block * 8);
     return v;
   }
-  static Ints table(const uint8_t* p) {
-    Ints v;
-    for (int i = 0; i < W; i += 4) memcpy(v.byte[i], p, 16);
-    return v;
-  }
-  static Ints pick(const Ints& table, const Ints& columns) {
+  static Inputs inputs(const uint8_t* p) { return p; }
+  static Ints pick(Inputs inputs, const Ints& columns, int) {
     Ints v;
     for (int i = 0; i < W; ++i)
-      for (int b = 0; b < 4; ++b) v.byte[i][b] = table.byte[columns.byte[i][b] / 4][columns.byte[i][b] % 4];
+      for (int b = 0; b < 4; ++b) v.byte[i][b] = static_cast<int8_t>(inputs[columns.byte[i][b]]);
     return v;
   }
   static Ints broadcast(const uint8_t* p) {
@@ -148,7 +145,12 @@ struct PortableBytes {
       for (int b = 0; b < 4; ++b) sum.lane[i] += x.byte[i][b] * w.byte[i][b];
     return sum;
   }
-  static Sums start(const int16_t*, int) { return {}; }
+  static Sums zero() { return {}; }
+  static Sums add(Sums a, const Sums& b) {
+    for (int i = 0; i < W; ++i) a.lane[i] += b.lane[i];
+    return a;
+  }
+  static Sums start(const int16_t*, int) { return zero(); }
 
   static Floats load_floats(const float* p) { return Portable::load(p); }
   static void store_floats(float* p, const Floats& v) { Portable::store(p, v); }

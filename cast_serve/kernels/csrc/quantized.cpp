@@ -15,14 +15,25 @@
 
 namespace cast24 {
 
+constexpr int64_t kLine = 64;  // bytes
+
 QuantizedLayout quantized_layout(int bits, bool sparse, int64_t K, int64_t group) {
-  QuantizedLayout layout = {bits, sparse, K, group, (K + kWordColumns - 1) / kWordColumns, (K + group - 1) / group, 0, 0};
+  QuantizedLayout layout = {bits, sparse, K, group, (K + kWordColumns - 1) / kWordColumns, (K + group - 1) / group, 0, 0, 0};
   layout.word_bytes = sparse ? 64 + 32 * bits : 64 * bits;
   layout.panel_bytes = layout.groups * kGroupHeader + layout.words * layout.word_bytes;
+  // An odd number of cache lines: rows at a power of two would share a few sets of the first-level cache, and the weights
+  // that pass through would drive them out.
+  layout.x_stride = ((layout.words * kWordColumns + kLine - 1) / kLine | 1) * kLine;
   return layout;
 }
 
 namespace {
+
+constexpr int64_t kBlockPanels = 8;
+
+struct alignas(kLine) CacheLine {
+  uint8_t bytes[kLine];
+};
 
 // The words of a panel, group after group.
 template <class Byte, class F>
@@ -98,20 +109,23 @@ int64_t pack_quantized_panel(const QuantizedLayout& layout, const uint8_t* value
 void linear_rounded(const QuantizedLayout& layout, const float* x, const uint8_t* panels, const float* bias, float* y,
                     int64_t M, int64_t N, cast24_parallel_for run, void* pool) {
   const QuantizedKernels& kernels = *isa().quantized;
-  const int64_t stride = layout.words * kWordColumns, chunks = (M + kTileRows - 1) / kTileRows;
-  const std::unique_ptr<uint8_t[]> q(new uint8_t[M * stride]);
+  const int64_t chunks = (M + kTileRows - 1) / kTileRows;
+  const std::unique_ptr<CacheLine[]> q(new CacheLine[M * layout.x_stride / kLine]);
   const std::unique_ptr<float[]> scale(new float[M * layout.groups]);
-  parallel_for(run, pool, M, M * layout.K, [&](int64_t begin, int64_t end) {
-    kernels.quantize_rows(x + begin * layout.K, end - begin, layout, q.get() + begin * stride,
-                          scale.get() + begin * layout.groups);
+  const QuantizedRows rounded = {q[0].bytes, scale.get()};
+  // A row of 4096 takes half a microsecond: threads are worth waking for many only.
+  parallel_for(run, pool, M, M * layout.K / 4, [&](int64_t begin, int64_t end) {
+    kernels.quantize_rows(x, begin, end - begin, layout, rounded);
   });
   const int64_t count = (N + kPanelRows - 1) / kPanelRows;
   parallel_for(run, pool, count * chunks, M * N * layout.K / 2, [&](int64_t begin, int64_t end) {
+    // A few panels and the rows of one chunk stay in the second-level cache together.
     for (int64_t unit = begin; unit < end; ++unit) {
-      const int64_t panel = unit / chunks, row = unit % chunks * kTileRows, rows = std::min(M - row, kTileRows);
+      const int64_t first = unit / (kBlockPanels * chunks) * kBlockPanels, panels_here = std::min(count - first, kBlockPanels);
+      const int64_t in_block = unit - first * chunks, panel = first + in_block % panels_here;
+      const int64_t row = in_block / panels_here * kTileRows, rows = std::min(M - row, kTileRows);
       with_tile(bias, y, row, rows, panel * kPanelRows, kPanelRows, N, [&](float* tile) {
-        kernels.tile({q.get() + row * stride, scale.get() + row * layout.groups}, rows, layout,
-                     panels + panel * layout.panel_bytes, tile);
+        kernels.tile(rounded, row, rows, layout, panels + panel * layout.panel_bytes, tile);
       });
     }
   });

@@ -19,14 +19,15 @@ struct QuantizedLayout {
   int64_t groups;        // the last one may be short
   int64_t word_bytes;    // indices if sparse, and values
   int64_t panel_bytes;
+  int64_t x_stride;      // bytes from one rounded row of x to the next
 };
 
 QuantizedLayout quantized_layout(int bits, bool sparse, int64_t K, int64_t group);
 
-// x rows rounded to 8 bits, each group of columns with a scale of its own: x = scale * (q - the kernels' offset).
+// Rows of x rounded to 8 bits, each group of columns with a scale of its own: x = scale * (q - the kernels' offset).
 struct QuantizedRows {
-  const uint8_t* q;    // [rows, words * 32]
-  const float* scale;  // [rows, groups]
+  uint8_t* q;      // [rows, layout.x_stride]
+  float* scale;    // [rows, groups]
 };
 
 }  // namespace cast24

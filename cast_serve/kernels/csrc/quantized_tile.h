@@ -7,11 +7,12 @@
 //   kNibble                        how many times too large the weights of `low` and `high` are: 16 or 1
 //   load(void*)                    W times 4 bytes
 //   low(Ints) high(Ints)           the signed low or high nibble of each byte, as a byte, times kNibble
-//   columns(Ints words, int block) for block 0..3 of a word: where its four inputs are in the table of 16 bytes
-//   table(uint8_t*)                16 bytes in every 128 bits
-//   pick(table, columns)           four bytes for each lane
+//   Inputs inputs(uint8_t*)        the 32 inputs of a word
+//   columns(Ints words, int block) for block 0..3 of a word: where its four inputs are, as pick wants it
+//   pick(Inputs, columns, block)   four inputs for each lane
 //   broadcast(uint8_t*)            four bytes in every lane
 //   dot(Sums sum, x, w)            sum + the products of the four bytes of each lane
+//   zero() add(a, b)               of Sums
 //   start(int16_t* sums, int shift) -(sums << shift) as Sums, or zero where kOffset is 0
 //   load_floats store_floats to_float mul(a, b) fma(a, b, c) set(float)
 //   quantize(float* x, columns, offset, uint8_t* q) -> scale: max |x| becomes 127
@@ -26,11 +27,21 @@ namespace cast24 {
 namespace {
 
 constexpr int64_t kQuantizedPrefetch = 4096;
+constexpr int64_t kQuantizedBlock = 1024;  // columns that several rows of x share: 10 KB of a panel at most
+
+// Asks for the `Bytes` bytes that lie kQuantizedPrefetch behind `panel`. Every byte must be asked for once, headers too: one
+// line that is waited for costs as much as several words.
+template <int64_t Bytes>
+inline __attribute__((always_inline)) void prefetch(const uint8_t* panel) {
+#pragma GCC unroll 9
+  for (int64_t line = 0; line < Bytes; line += 64) __builtin_prefetch(panel + kQuantizedPrefetch + line, 0, 2);
+}
 
 template <class Q, int Bits, bool Sparse, int Rows>
 struct QuantizedTile {
   static constexpr int kVecs = kPanelRows / Q::W;
   static constexpr int kBlocks = Sparse ? 4 : 8;  // of a word, each four weights of a row
+  static constexpr int kSums = Rows * kVecs < 4 ? 4 / (Rows * kVecs) : 1;  // of an output, lest a dot wait for the one before
   static constexpr int64_t kWordBytes = (Sparse ? 64 : 0) + kBlocks * 64 * Bits / 8;
   using Ints = typename Q::Ints;
   using Sums = typename Q::Sums;
@@ -43,49 +54,48 @@ struct QuantizedTile {
     return block % 2 ? Q::high(both) : Q::low(both);
   }
 
-  // tile[:Rows, :16] += x W^T for one panel.
-  static void accumulate(const uint8_t* x, int64_t x_stride, const float* x_scale, int64_t groups, int64_t group_words,
-                         int64_t words, const uint8_t* panel, float* tile) {
+  // tile[:Rows, :16] += x W^T over groups begin <= g < end; `panel` points at the first of them.
+  static void accumulate(const QuantizedRows& x, int64_t first, const QuantizedLayout& layout, int64_t begin, int64_t end,
+                         const uint8_t* panel, float* tile) {
+    const int64_t group_words = layout.group / kWordColumns, stride = layout.x_stride;
+    const uint8_t* q = x.q + first * stride + begin * layout.group;
+    const float* x_scale = x.scale + first * layout.groups;
     Floats sums[Rows][kVecs];
     for (int m = 0; m < Rows; ++m)
       for (int v = 0; v < kVecs; ++v) sums[m][v] = Q::load_floats(tile + m * kTileWidth + v * Q::W);
-    int64_t word = 0;
-    for (int64_t g = 0; g < groups; ++g) {
+    int64_t word = begin * group_words;
+    for (int64_t g = begin; g < end; ++g) {
       const float* scale = reinterpret_cast<const float*>(panel);
       const int16_t* sum = reinterpret_cast<const int16_t*>(panel + kGroupSums);
+      prefetch<kGroupHeader>(panel);
       panel += kGroupHeader;
-      Sums dots[Rows][kVecs];
+      Sums dots[Rows][kVecs][kSums];
       for (int v = 0; v < kVecs; ++v) {
         const Sums start = Q::start(sum + v * Q::W, Bits == 8 ? 7 : 11);
-        for (int m = 0; m < Rows; ++m) dots[m][v] = start;
+        for (int m = 0; m < Rows; ++m)
+          for (int s = 0; s < kSums; ++s) dots[m][v][s] = s == 0 ? start : Q::zero();
       }
-      const int64_t end = word + group_words < words ? word + group_words : words;
-      for (; word < end; ++word, panel += kWordBytes) {
-#pragma GCC unroll 9
-        for (int64_t line = 0; line < kWordBytes; line += 64) __builtin_prefetch(panel + kQuantizedPrefetch + line, 0, 2);
+      const int64_t next = word + group_words < layout.words ? word + group_words : layout.words;
+      for (; word < next; ++word, panel += kWordBytes, q += kWordColumns) {
+        prefetch<kWordBytes>(panel);
         const uint8_t* values = panel + (Sparse ? 64 : 0);
         for (int v = 0; v < kVecs; ++v) {
           if constexpr (Sparse) {
             const Ints index = Q::load(panel + v * 4 * Q::W);
-            Ints columns[4], w[4];
+            typename Q::Inputs inputs[Rows];
+            for (int m = 0; m < Rows; ++m) inputs[m] = Q::inputs(q + m * stride);
 #pragma GCC unroll 4
             for (int b = 0; b < 4; ++b) {
-              columns[b] = Q::columns(index, b);
-              w[b] = weights(values, b, v);
-            }
-            for (int m = 0; m < Rows; ++m) {
-              const uint8_t* inputs = x + m * x_stride + word * kWordColumns;
-              const Ints first = Q::table(inputs), second = Q::table(inputs + 16);
-#pragma GCC unroll 4
-              for (int b = 0; b < 4; ++b)
-                dots[m][v] = Q::dot(dots[m][v], Q::pick(b < 2 ? first : second, columns[b]), w[b]);
+              const Ints columns = Q::columns(index, b), w = weights(values, b, v);
+              for (int m = 0; m < Rows; ++m)
+                dots[m][v][b % kSums] = Q::dot(dots[m][v][b % kSums], Q::pick(inputs[m], columns, b), w);
             }
           } else {
 #pragma GCC unroll 8
             for (int b = 0; b < kBlocks; ++b) {
               const Ints w = weights(values, b, v);
               for (int m = 0; m < Rows; ++m)
-                dots[m][v] = Q::dot(dots[m][v], Q::broadcast(x + m * x_stride + word * kWordColumns + 4 * b), w);
+                dots[m][v][b % kSums] = Q::dot(dots[m][v][b % kSums], Q::broadcast(q + m * stride + 4 * b), w);
             }
           }
         }
@@ -93,8 +103,11 @@ struct QuantizedTile {
       constexpr float kUnit = Bits == 8 ? 1.0f : 1.0f / Q::kNibble;
       for (int v = 0; v < kVecs; ++v) {
         const Floats row_scale = Q::load_floats(scale + v * Q::W);
-        for (int m = 0; m < Rows; ++m)
-          sums[m][v] = Q::fma(Q::to_float(dots[m][v]), Q::mul(row_scale, Q::set(x_scale[m * groups + g] * kUnit)), sums[m][v]);
+        for (int m = 0; m < Rows; ++m) {
+          Sums dot = dots[m][v][0];
+          for (int s = 1; s < kSums; ++s) dot = Q::add(dot, dots[m][v][s]);
+          sums[m][v] = Q::fma(Q::to_float(dot), Q::mul(row_scale, Q::set(x_scale[m * layout.groups + g] * kUnit)), sums[m][v]);
+        }
       }
     }
     for (int m = 0; m < Rows; ++m)
@@ -103,43 +116,51 @@ struct QuantizedTile {
 };
 
 template <class Q, int Bits, bool Sparse, int Rows>
-inline void quantized_rows(const QuantizedRows& x, int64_t rows, const QuantizedLayout& layout, const uint8_t* panel,
-                           float* tile) {
-  const int64_t stride = layout.words * kWordColumns, groups = layout.groups;
+inline void quantized_rows(const QuantizedRows& x, int64_t first, int64_t rows, const QuantizedLayout& layout, int64_t begin,
+                           int64_t end, const uint8_t* panel, float* tile) {
   int64_t m = 0;
   for (; m + Rows <= rows; m += Rows)
-    QuantizedTile<Q, Bits, Sparse, Rows>::accumulate(x.q + m * stride, stride, x.scale + m * groups, groups,
-                                                     layout.group / kWordColumns, layout.words, panel, tile + m * kTileWidth);
+    QuantizedTile<Q, Bits, Sparse, Rows>::accumulate(x, first + m, layout, begin, end, panel, tile + m * kTileWidth);
   if constexpr (Rows > 1) {
     if (m < rows)
-      quantized_rows<Q, Bits, Sparse, Rows / 2>({x.q + m * stride, x.scale + m * groups}, rows - m, layout, panel,
-                                                tile + m * kTileWidth);
+      quantized_rows<Q, Bits, Sparse, Rows / 2>(x, first + m, rows - m, layout, begin, end, panel, tile + m * kTileWidth);
   }
 }
 
-// tile [rows, kTileWidth] += x W^T for one panel.
-template <class Q>
-void tile_quantized(const QuantizedRows& x, int64_t rows, const QuantizedLayout& layout, const uint8_t* panel, float* tile) {
-  constexpr int kRows = Q::kTileRows;
-  if (layout.bits == 8) {
-    if (layout.sparse) return quantized_rows<Q, 8, true, kRows>(x, rows, layout, panel, tile);
-    return quantized_rows<Q, 8, false, kRows>(x, rows, layout, panel, tile);
+// Blocks of groups outside, blocks of rows inside: the weights of a block come to the first-level cache once.
+template <class Q, int Bits, bool Sparse>
+void quantized_blocks(const QuantizedRows& x, int64_t first, int64_t rows, const QuantizedLayout& layout,
+                      const uint8_t* panel, float* tile) {
+  const int64_t block = kQuantizedBlock > layout.group ? kQuantizedBlock / layout.group : 1;
+  const int64_t group_bytes = kGroupHeader + layout.group / kWordColumns * layout.word_bytes;
+  for (int64_t begin = 0; begin < layout.groups; begin += block) {
+    const int64_t end = begin + block < layout.groups ? begin + block : layout.groups;
+    quantized_rows<Q, Bits, Sparse, Q::kTileRows>(x, first, rows, layout, begin, end, panel + begin * group_bytes, tile);
   }
-  if (layout.sparse) return quantized_rows<Q, 4, true, kRows>(x, rows, layout, panel, tile);
-  return quantized_rows<Q, 4, false, kRows>(x, rows, layout, panel, tile);
+}
+
+template <class Q>
+void tile_quantized(const QuantizedRows& x, int64_t first, int64_t rows, const QuantizedLayout& layout, const uint8_t* panel,
+                    float* tile) {
+  if (layout.bits == 8)
+    return layout.sparse ? quantized_blocks<Q, 8, true>(x, first, rows, layout, panel, tile)
+                         : quantized_blocks<Q, 8, false>(x, first, rows, layout, panel, tile);
+  return layout.sparse ? quantized_blocks<Q, 4, true>(x, first, rows, layout, panel, tile)
+                       : quantized_blocks<Q, 4, false>(x, first, rows, layout, panel, tile);
 }
 
 // Rounds rows of x, group by group, and pads them to whole words.
 template <class Q>
-void quantize_rows(const float* x, int64_t rows, const QuantizedLayout& layout, uint8_t* q, float* scale) {
-  const int64_t stride = layout.words * kWordColumns, groups = layout.groups;
-  for (int64_t m = 0; m < rows; ++m) {
-    for (int64_t g = 0; g < groups; ++g) {
-      const int64_t begin = g * layout.group, left = layout.K - begin;
-      scale[m * groups + g] = Q::quantize(x + m * layout.K + begin, left < layout.group ? left : layout.group, Q::kOffset,
-                                          q + m * stride + begin);
+void quantize_rows(const float* x, int64_t first, int64_t rows, const QuantizedLayout& layout, const QuantizedRows& rounded) {
+  const int64_t K = layout.K;
+  for (int64_t m = first; m < first + rows; ++m) {
+    uint8_t* q = rounded.q + m * layout.x_stride;
+    for (int64_t g = 0; g < layout.groups; ++g) {
+      const int64_t begin = g * layout.group, left = K - begin;
+      rounded.scale[m * layout.groups + g] = Q::quantize(x + m * K + begin, left < layout.group ? left : layout.group,
+                                                         Q::kOffset, q + begin);
     }
-    for (int64_t k = layout.K; k < stride; ++k) q[m * stride + k] = Q::kOffset;
+    for (int64_t k = K; k < layout.words * kWordColumns; ++k) q[k] = Q::kOffset;
   }
 }
 
