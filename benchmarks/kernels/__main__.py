@@ -33,7 +33,7 @@ RESULTS = Path(__file__).parents[1] / "results"
 
 def read_bandwidth() -> float:
     """Bytes per second that all threads together read, summing 512 MB: the bound of every call at M = 1."""
-    # numpy's memory is in huge pages, as prepack's is. Pages must differ: a virtual machine's host may keep equal ones once.
+    # numpy gets huge pages, as prepack does. No two pages are equal: the host of a virtual machine may keep those once.
     data = torch.from_numpy(np.random.default_rng(0).random(128 << 20, dtype=np.float32))
     return data.nbytes / interleave({"sum": lambda _: data.sum()}, rounds=3, calls=4)["sum"].median
 
