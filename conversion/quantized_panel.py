@@ -22,11 +22,12 @@ def panel_group(quantization: Quantization) -> int:
     return quantization.group_size or ROW_SCALE_GROUP
 
 
-def panel_bytes(columns: int, quantization: Quantization) -> int:
-    """Bytes of one panel of a 2:4 weight with this many columns."""
+def panel_bytes(columns: int, quantization: Quantization, *, sparse: bool) -> int:
+    """Bytes of one panel of a 2:4 or dense weight with this many columns."""
     groups, words = -(-columns // panel_group(quantization)), -(-columns // WORD_COLUMNS)
-    header, index = 6 * ROWS, 4 * ROWS  # scales and sums; kept columns
-    return groups * header + words * (index + WORD_COLUMNS // 2 * ROWS * quantization.values.bits // 8)
+    header, index = 6 * ROWS, 4 * ROWS if sparse else 0  # scales and sums; kept columns
+    values = WORD_COLUMNS // 2 if sparse else WORD_COLUMNS
+    return groups * header + words * (index + values * ROWS * quantization.values.bits // 8)
 
 
 def to_quantized_panels(stored: Tensor, bitmask: Tensor | None, scale: Tensor, quantization: Quantization) -> Tensor:

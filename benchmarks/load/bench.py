@@ -9,11 +9,10 @@ from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
 
-import psutil
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from benchmarks.load.machine import this_machine
+from benchmarks.load.machine import machine_cpu_s, this_machine, warn_if_busy
 from benchmarks.load.measurements import (
     ROLES,
     BenchResult,
@@ -28,9 +27,6 @@ from benchmarks.load.measurements import (
 from benchmarks.load.prompts import random_prompts, text_prompts, vocab_size
 from benchmarks.load.servers import Server
 from conversion.errors import InputError
-
-BUSY_CORES = 0.1
-"""More than this, kept busy by others on an idle bench, makes the measurement worth little."""
 
 
 def measure(
@@ -61,7 +57,7 @@ def measure(
             servers[role].wait_ready()
         models = {role: servers[role].describe() for role in ROLES}
         _check_models(models, settings)
-        _warn_if_busy(console)
+        warn_if_busy(console)
         result = BenchResult(
             date=datetime.now(UTC), device="cpu", machine=this_machine(), settings=settings, models=models, rounds=[]
         )
@@ -102,7 +98,7 @@ def _check_models(models: dict[Role, ServedModel], settings: Settings) -> None:
 def _load_one(index: int, role: Role, servers: dict[Role, Server], plan: LoadPlan, tick: Callable[[], None]) -> Round:
     idle = servers["sparse" if role == "dense" else "dense"]
     loaded = servers[role]
-    clock, machine = time.perf_counter(), _machine_cpu_s()
+    clock, machine = time.perf_counter(), machine_cpu_s()
     loaded_cpu, idle_cpu = loaded.cpu_s(), idle.cpu_s()
     samples = []
     resident: Counter[int] = Counter()
@@ -114,7 +110,7 @@ def _load_one(index: int, role: Role, servers: dict[Role, Server], plan: LoadPla
     wall = time.perf_counter() - clock
     loaded_cores = (loaded.cpu_s() - loaded_cpu) / wall
     idle_cores = (idle.cpu_s() - idle_cpu) / wall
-    others = (_machine_cpu_s() - machine) / wall - loaded_cores - idle_cores
+    others = (machine_cpu_s() - machine) / wall - loaded_cores - idle_cores
     levels = [
         Level(concurrency=c, samples=[s for s in samples if s.concurrency == c], resident=resident[c])
         for c in plan.requests
@@ -157,22 +153,6 @@ def drive(plan: LoadPlan) -> Iterator[RequestSample]:
     finally:
         process.kill()
         process.wait()
-
-
-def _machine_cpu_s() -> float:
-    times = psutil.cpu_times()
-    idle = times.idle + getattr(times, "iowait", 0.0)
-    return float(sum(times) - idle - getattr(times, "guest", 0.0) - getattr(times, "guest_nice", 0.0))
-
-
-def _warn_if_busy(console: Console) -> None:
-    clock, busy = time.perf_counter(), _machine_cpu_s()
-    time.sleep(2.0)
-    cores = (_machine_cpu_s() - busy) / (time.perf_counter() - clock)
-    if cores > BUSY_CORES:
-        console.print(
-            f"[yellow]warning:[/] {cores:.2f} cores are busy before the test has begun: results will be noisy"
-        )
 
 
 def _round_line(round_: Round) -> str:

@@ -2,14 +2,18 @@
 
 import os
 import platform
+import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import psutil
+from rich.console import Console
 
 from benchmarks.load.measurements import Machine
 
 PACKAGES = ("cast-serve", "onnxruntime", "locust", "numpy")
+BUSY_CORES = 0.1
+"""More than this, kept busy by others on an idle machine, makes a measurement worth little."""
 
 
 def available_cores() -> int:
@@ -25,6 +29,24 @@ def this_machine() -> Machine:
         system=f"{platform.system()} {platform.machine()}",
         versions={"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
     )
+
+
+def machine_cpu_s() -> float:
+    """Seconds that all cores together have been busy since the machine started."""
+    times = psutil.cpu_times()
+    idle = times.idle + getattr(times, "iowait", 0.0)
+    return float(sum(times) - idle - getattr(times, "guest", 0.0) - getattr(times, "guest_nice", 0.0))
+
+
+def warn_if_busy(console: Console) -> None:
+    """Look for two seconds whether anything runs, and say so."""
+    clock, busy = time.perf_counter(), machine_cpu_s()
+    time.sleep(2.0)
+    cores = (machine_cpu_s() - busy) / (time.perf_counter() - clock)
+    if cores > BUSY_CORES:
+        console.print(
+            f"[yellow]warning:[/] {cores:.2f} cores are busy before the test has begun: results will be noisy"
+        )
 
 
 def _cpu_model() -> str:

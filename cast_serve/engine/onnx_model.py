@@ -45,7 +45,7 @@ class OnnxModel:
         self._bound: dict[str, int] = {}
         with _loading:
             before, bytes_before = _sparse_executed()
-            self._session = _load(onnx_dir, threads)
+            self._session = load_session(onnx_dir, threads)
             self._bind_caches(onnx_dir, manifest)
             self._warm_up(onnx_dir)
             after, bytes_after = _sparse_executed()
@@ -143,7 +143,8 @@ def _sparse_executed() -> tuple[int, int]:
     return sum(nodes), sum(weight_bytes)
 
 
-def _load(onnx_dir: Path, threads: int | None) -> ort.InferenceSession:
+def load_session(onnx_dir: Path, threads: int | None) -> ort.InferenceSession:
+    """Load an exported graph with our operators; InputError if ONNX Runtime cannot."""
     options = ort.SessionOptions()
     options.register_custom_ops_library(str(library_path()))
     options.intra_op_num_threads = threads or 0

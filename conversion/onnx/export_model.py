@@ -18,6 +18,7 @@ from conversion.errors import InputError
 from conversion.families import LM_HEAD
 from conversion.fingerprint import source_fingerprint
 from conversion.onnx.dense_linear import use_dense_linear
+from conversion.onnx.dense_nbits import DenseQuantization, use_dense_nbits
 from conversion.onnx.logits_rows import select_logits_rows
 from conversion.onnx.paged_attention import head_dim, use_paged_attention
 from conversion.onnx.quantized_embedding import use_quantized_embedding
@@ -47,13 +48,14 @@ def export(
     *,
     float_activations: bool = False,
     embedding: Quantization | None = None,
+    dense: DenseQuantization | None = None,
     overwrite: bool = False,
     show_progress: bool = False,
 ) -> None:
     """Export a packed or dense-stored Hugging Face model directory.
 
     A source whose whole scope is 2:4 gets sparse operators; any other keeps the stock builder's dense graph, changed in
-    its attention only. Holds the dense model in memory once, in its own dtype.
+    its attention, and where asked quantized. Holds the dense model in memory once, in its own dtype.
 
     Args:
         source_dir: packed checkpoint, or dense-stored model.
@@ -62,8 +64,9 @@ def export(
             float32 for the rest. Must be None or "float32" for a dense model. Quantized values stay so, unless it is
             named: then they are dequantized.
         float_activations: multiply quantized weights by activations as they are, not rounded to 8 bits.
-        embedding: quantize embedding and lm_head so, rounding to nearest; None keeps them as stored. For 2:4 models
-            only.
+        embedding: quantize embedding and lm_head so, rounding to nearest; None keeps them as stored. Not for a
+            dense model in float32.
+        dense: quantize the linears of a dense model so; None keeps them float32.
         overwrite: replace an existing `out_dir`.
 
     Raises:
@@ -72,9 +75,15 @@ def export(
     """
     source = open_checkpoint(source_dir)
     sparse = isinstance(source, PackedCheckpoint) or source.first_violation() is None
-    dtype = _value_dtype(source, sparse, value_dtype)
-    if embedding is not None and not sparse:
-        raise InputError(f"{source.directory} is not 2:4, and a dense model is exported in float32 only")
+    if dense is not None and sparse:
+        raise InputError(
+            f"{source.directory} is 2:4: quantize it as a packed checkpoint (cast convert --quantize), and export that"
+        )
+    dtype = _value_dtype(source, sparse, value_dtype) if dense is None else dense.weights.values.name
+    if embedding is not None and not sparse and dense is None:
+        raise InputError(
+            f"{source.directory} is not 2:4: its embedding is quantized only together with its linears (--quantize)"
+        )
     if embedding is not None and isinstance(source, PackedCheckpoint) and source.embedding is not None:
         raise InputError(
             f"the embedding of {source.directory} is already {source.embedding.values.name}: leave --embedding out"
@@ -85,7 +94,9 @@ def export(
         use_paged_attention(graph, model.config)
         select_logits_rows(graph)
         panels: Sequence[tuple[str, ...]] = []
-        if dtype in _QUANTIZED:
+        if dense is not None:
+            use_dense_nbits(graph, dense)
+        elif dtype in _QUANTIZED:
             assert isinstance(source, PackedCheckpoint)
             panels = use_quantized_matmul(graph, source, float_activations=float_activations)
         elif sparse:
@@ -116,7 +127,8 @@ def _value_dtype(source: Checkpoint | PackedCheckpoint, sparse: bool, requested:
         return name
     if not sparse and requested not in (None, "float32"):
         raise InputError(
-            f"{source.directory} is not 2:4, and a dense model is exported in float32 only: leave --value-dtype out"
+            f"{source.directory} is not 2:4, and --value-dtype is for kept values: leave it out, the dense model is "
+            "exported in float32"
         )
     if requested is not None:
         return requested

@@ -92,7 +92,7 @@ class _Panels:
 
     def initializer(self) -> ir.Value:
         """A graph value of the panels, still to be made."""
-        shape = [-(-self.rows // ROWS), panel_bytes(self.columns, self._quantization)]
+        shape = [-(-self.rows // ROWS), panel_bytes(self.columns, self._quantization, sparse=True)]
         name = f"{str(self._weight.name).removesuffix('MatMul.weight')}panels"
         return lazy(name, ir.DataType.UINT8, shape, self._make)
 

@@ -25,7 +25,8 @@ struct QuantizedAttributes {
   }
 };
 
-// y[..., N] = x[..., K] W^T + bias with a quantized W. With attribute float_activations 1, x is not rounded to 8 bits.
+// y[..., N] = x[..., K] W^T + bias with a quantized W. With attribute float_activations 1, x is not rounded to 8 bits; with
+// resident 1, a dense weight, too, is copied onto huge pages (it may be an embedding as well, which reads it in place).
 template <bool Sparse>
 struct MatMulNBits {
   static constexpr const char* name = Sparse ? "Sparse24MatMulNBits" : "DenseNBits";
@@ -37,7 +38,7 @@ struct MatMulNBits {
 
   explicit MatMulNBits(const Attributes& attributes)
       : weight(attributes), float_activations(attributes.integer("float_activations", 0) != 0) {
-    if (Sparse) resident = attributes.resident(1);  // a dense one may be an embedding too, which reads it in place
+    if (Sparse || attributes.integer("resident", 0) != 0) resident = attributes.resident(1);
   }
 
   // Returns the bytes of the weights.

@@ -1,0 +1,145 @@
+"""Making what the candidates run: ONNX directories and GGUF files, kept in a work directory for the next run."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+
+from conversion.atomic import new_directory, write_text
+from conversion.checkpoint import Checkpoint
+from conversion.dense_model import dense_model
+from conversion.errors import InputError
+from conversion.fingerprint import source_fingerprint
+from conversion.onnx import export
+from conversion.onnx.dense_nbits import DenseQuantization
+from conversion.pack import save_packed
+from conversion.progress import without_transformers_bars
+from conversion.quantization.formats import Quantization
+
+TINYLLAMA: dict[str, Any] = {
+    "vocab_size": 32000,
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_hidden_layers": 22,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 2048,
+}
+"""The shape of TinyLlama 1.1B."""
+_SOURCES = "sources.json"
+
+
+@dataclass(frozen=True)
+class Sources:
+    """A model, dense and 2:4, and where what is made of it is kept.
+
+    Attributes:
+        dense: Hugging Face directory.
+        sparse: its 2:4 version, dense-stored.
+        calibration: text on which the 2:4 one is quantized; none rounds to nearest.
+        work: directory of made models.
+    """
+
+    dense: Path
+    sparse: Path
+    calibration: tuple[Path, ...]
+    work: Path
+
+
+Make = Callable[[Sources, Path], None]
+"""Makes a candidate's model, which appears complete or not at all."""
+
+
+def check_work(sources: Sources) -> None:
+    """Claim the work directory for these sources; InputError if it holds models of others, or one is not 2:4."""
+    if (violation := Checkpoint(sources.sparse).first_violation()) is not None:
+        raise InputError(f"{sources.sparse} is not 2:4: {violation}")
+    found = {
+        "dense": source_fingerprint(sources.dense),
+        "sparse": source_fingerprint(sources.sparse),
+        "calibration": [str(path.resolve()) for path in sources.calibration],
+    }
+    sources.work.mkdir(parents=True, exist_ok=True)
+    record = sources.work / _SOURCES
+    if record.exists() and json.loads(record.read_text()) != found:
+        raise InputError(f"{sources.work} holds models made from other sources: name another --work, or delete it")
+    write_text(record, json.dumps(found, indent=1) + "\n")
+
+
+def random_models(work: Path, config: dict[str, Any]) -> tuple[Path, Path]:
+    """Make a random Llama in bfloat16 and its 2:4 version by magnitude, unless both are there; return where."""
+    dense, sparse = work / "dense", work / "sparse"
+    if not (dense.exists() and sparse.exists()):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(LlamaConfig(**config), dtype=torch.bfloat16)
+        _save(model, dense)
+        with torch.no_grad():
+            for name in Checkpoint(dense).scope:
+                groups = model.get_parameter(name).view(-1, 4)
+                groups.scatter_(1, groups.abs().topk(2, largest=False).indices, 0.0)
+        _save(model, sparse)
+    return dense, sparse
+
+
+def dense_float32(sources: Sources, out: Path) -> None:
+    export(sources.dense, out)
+
+
+def dense_quantized(quantization: DenseQuantization, embedding: Quantization | None) -> Make:
+    return lambda sources, out: export(sources.dense, out, dense=quantization, embedding=embedding)
+
+
+def sparse_float32(sources: Sources, out: Path) -> None:
+    export(sources.sparse, out, "float32")
+
+
+def sparse_bfloat16(sources: Sources, out: Path) -> None:
+    """Everything in bfloat16, embedding and lm_head too."""
+    source = Checkpoint(sources.sparse)
+    if source.dtype == torch.bfloat16:
+        export(sources.sparse, out)
+        return
+    rounded = sources.work / "sparse-bfloat16"
+    _save(dense_model(source, torch.bfloat16), rounded)
+    export(rounded, out)
+
+
+def sparse_quantized(quantization: Quantization, embedding: Quantization) -> Make:
+    def make(sources: Sources, out: Path) -> None:
+        packed = sources.work / f"packed-{quantization.values.name}"
+        if not packed.exists():
+            save_packed(
+                sources.sparse,
+                packed,
+                quantization=quantization,
+                calibration=sources.calibration,
+                show_progress=True,
+            )
+        export(packed, out, embedding=embedding)
+
+    return make
+
+
+def gguf(kind: str) -> Make:
+    def make(sources: Sources, out: Path) -> None:
+        from benchmarks.cpu.gguf_models import save_gguf
+
+        save_gguf(sources.dense, out, kind)
+
+    return make
+
+
+def weight_bytes(model: Path) -> int:
+    """Bytes on disk: a GGUF file's, or those of an ONNX directory's graph and weights."""
+    files: Sequence[Path] = [model] if model.is_file() else list(model.glob("model.onnx*"))
+    return sum(file.stat().st_size for file in files)
+
+
+def _save(model: PreTrainedModel, out: Path) -> None:
+    if not out.exists():
+        with new_directory(out) as building, without_transformers_bars():
+            model.save_pretrained(building)

@@ -1,0 +1,138 @@
+"""Rewrite 3, dense and quantized: MatMul -> com.microsoft::MatMulNBits, as the stock builder has it, or our DenseNBits.
+
+These are what 2:4 is compared with: dense models at the bits that a user would otherwise take.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, DefaultWeightOnlyQuantizer
+
+from conversion.errors import InputError
+from conversion.onnx.sparse_matmul import block_weights, lazy, replace_matmul
+from conversion.panel import ROWS
+from conversion.quantization.formats import INT4, INT8, Quantization
+from conversion.quantization.quantize import quantize_dense
+from conversion.quantized_panel import panel_bytes, panel_group, to_quantized_panels
+
+INT8_ACTIVATIONS = 4
+"""MatMulNBits' accuracy_level with activations rounded to 8 bits: its fastest."""
+
+
+@dataclass(frozen=True)
+class DenseQuantization:
+    """How the linears of a dense model are quantized, to nearest, and what multiplies them.
+
+    Attributes:
+        weights: int8 or int4, and its groups.
+        operator: "MatMulNBits" is ONNX Runtime's, with the stock builder's rounding; "DenseNBits" is ours.
+    """
+
+    weights: Quantization
+    operator: Literal["MatMulNBits", "DenseNBits"] = "DenseNBits"
+
+    def __post_init__(self) -> None:
+        if self.weights.values not in (INT8, INT4):
+            raise InputError(f"a dense model cannot be exported in {self.weights.values.name}: use int8 or int4")
+        if self.operator == "MatMulNBits" and self.weights.group_size is None:
+            raise InputError("MatMulNBits has scales per group: name a group size")
+
+
+def use_dense_nbits(model: ir.Model, quantization: DenseQuantization) -> None:
+    """Quantize the dense linears of the blocks, and with MatMulNBits lm_head too, as the builder does, in place.
+
+    Weights are quantized one by one when the graph is saved.
+    """
+    if quantization.operator == "DenseNBits":
+        _use_panels(model.graph, quantization.weights)
+    else:
+        _use_matmul_nbits(model, quantization.weights)
+
+
+def _use_panels(graph: ir.Graph, quantization: Quantization) -> None:
+    for node, weight in block_weights(graph):
+        columns, rows = weight.shape.numpy()
+        shape = [-(-rows // ROWS), panel_bytes(columns, quantization, sparse=False)]
+        name = f"{str(weight.name).removesuffix('MatMul.weight')}panels"
+        panels = lazy(name, ir.DataType.UINT8, shape, _panels_of(weight, quantization))
+        graph.register_initializer(panels)
+        bits, group = quantization.values.bits, panel_group(quantization)
+        attributes = {"N": rows, "K": columns, "bits": bits, "group_size": group, "resident": 1}
+        replace_matmul(graph, node, "DenseNBits", [panels], attributes)
+
+
+def _panels_of(weight: ir.TensorProtocol, quantization: Quantization) -> Callable[[], ir.TensorProtocol]:
+    def make() -> ir.TensorProtocol:
+        stored, scale = quantize_dense(torch.from_numpy(weight.numpy()).T.contiguous(), quantization)
+        return ir.tensor(to_quantized_panels(stored, None, scale, quantization).numpy())
+
+    return make
+
+
+def _use_matmul_nbits(model: ir.Model, quantization: Quantization) -> None:
+    graph = model.graph
+    model.opset_imports["com.microsoft"] = 1
+    for node in [node for node in graph if node.op_type == "MatMul"]:
+        weight = None if node.inputs[1] is None else node.inputs[1].const_value
+        if weight is None:
+            continue
+        blocks = _Blocks(weight, quantization)
+        values = blocks.initializers()
+        for value in values:
+            graph.register_initializer(value)
+        columns, rows = weight.shape.numpy()
+        nbits = ir.node(
+            "MatMulNBits",
+            [node.inputs[0], *values],
+            {
+                "K": columns,
+                "N": rows,
+                "bits": quantization.values.bits,
+                "block_size": blocks.size,
+                "accuracy_level": INT8_ACTIVATIONS,
+            },
+            domain="com.microsoft",
+            name=f"{node.name}NBits",
+        )
+        ir.convenience.replace_nodes_and_values(graph, node, [node], [nbits], [node.outputs[0]], [nbits.outputs[0]])
+
+
+class _Blocks:
+    """Quantizes a weight when its codes are asked for, and keeps its scales until they are asked for too."""
+
+    def __init__(self, weight: ir.TensorProtocol, quantization: Quantization) -> None:
+        assert quantization.group_size is not None
+        self._weight = weight
+        self._bits = quantization.values.bits
+        self.size = quantization.group_size
+        self._made: np.ndarray | None = None
+
+    def initializers(self) -> tuple[ir.Value, ir.Value]:
+        """Graph values of codes [N, blocks, bytes] uint8 and scales [N, blocks] float32, still to be made."""
+        columns, rows = self._weight.shape.numpy()
+        blocks = -(-columns // self.size)
+        name = f"{self._weight.name}_Q{self._bits}"
+        codes = [rows, blocks, self.size * self._bits // 8]
+        return (
+            lazy(name, ir.DataType.UINT8, codes, self._codes),
+            lazy(f"{name}_scales", ir.DataType.FLOAT, [rows, blocks], self._scales),
+        )
+
+    def _quantized(self) -> tuple[np.ndarray, np.ndarray]:
+        config = DefaultWeightOnlyQuantConfig(block_size=self.size, is_symmetric=True, bits=self._bits)
+        codes, scales, _ = DefaultWeightOnlyQuantizer(config).qbits_block_quant(
+            np.ascontiguousarray(self._weight.numpy(), np.float32)
+        )
+        return codes, scales
+
+    def _codes(self) -> ir.TensorProtocol:
+        codes, self._made = self._quantized()
+        return ir.tensor(codes)
+
+    def _scales(self) -> ir.TensorProtocol:
+        scales, self._made = self._quantized()[1] if self._made is None else self._made, None
+        return ir.tensor(scales)
