@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from conversion.atomic import room_for
 from conversion.errors import InputError
 from conversion.progress import shown_progress
 from conversion.text import Source, open_sources
@@ -119,7 +120,8 @@ def load_tokens(
         cache_dir.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{fingerprint}.", dir=cache_dir))
         try:
-            _tokenize(sources, tokenizer, partial, progress)
+            with room_for(target):
+                _tokenize(sources, tokenizer, partial, progress)
             try:
                 partial.rename(target)
             except OSError:
@@ -130,6 +132,16 @@ def load_tokens(
     meta = json.loads((target / "meta.json").read_text())
     tokens = np.memmap(target / "tokens.bin", dtype=meta["dtype"], mode="r", shape=(meta["tokens"],))
     return TokenCache(tokens, fingerprint)
+
+
+def check_vocabulary(tokens: Tensor | np.ndarray, vocabulary: int, directory: Path) -> None:
+    """InputError if a model of `vocabulary` tokens has no embedding for one of these, made by its own tokenizer."""
+    largest = int(tokens.max())
+    if largest >= vocabulary:
+        raise InputError(
+            f"the tokenizer of {directory} does not match its model: the text has token {largest}, and the model knows "
+            f"{vocabulary}; copy the tokenizer from where the model came from"
+        )
 
 
 def default_cache() -> Path:
@@ -148,7 +160,7 @@ def _tokenize(sources: list[Source], tokenizer: PreTrainedTokenizerBase, directo
             for ids, (_, ends, _) in zip(encoded, batch, strict=True):
                 if ends and ids:
                     ids.append(tokenizer.eos_token_id)
-                np.asarray(ids, dtype=dtype).tofile(out)
+                out.write(np.asarray(ids, dtype=dtype).tobytes())
                 total += len(ids)
             advance(sum(amount for _, _, amount in batch))
     if total == 0:

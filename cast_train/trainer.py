@@ -1,6 +1,7 @@
 """All trained methods on transformers.Trainer: schedule, distillation, and checkpoints that survive being killed."""
 
 import contextlib
+import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import DistributedType, FullyShardedDataParallelPlugin
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
@@ -82,6 +84,7 @@ class CastTrainer(Trainer):
         self.model_accepts_loss_kwargs = False  # the loss is a mean, so Trainer divides by the accumulation steps
         self._sums: dict[str, Tensor] = {}
         self._summed = 0
+        self._micro_batch = (-1, 0)  # step and number
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
@@ -133,14 +136,33 @@ class CastTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         losses = self.distillation(model, inputs)
+        first, last = self._blocks(len(inputs["input_ids"]))
         if not torch.isfinite(losses.loss):
             raise InputError(
-                f"the loss became {losses.loss.item()} at step {self.state.global_step}: lower the learning rate; the "
-                "last checkpoint is kept"
+                f"the loss became {losses.loss.item()} at step {self.state.global_step}, on blocks {first} to {last} "
+                "of the run: lower the learning rate, or look at that text; the last checkpoint is kept"
             )
         if model.training:
             self._add(loss=losses.loss.detach(), ce=losses.ce, kl=losses.kl)
         return (losses.loss, {}) if return_outputs else losses.loss
+
+    def _blocks(self, size: int) -> tuple[int, int]:
+        """Count this process's micro-batches; return the run's first and last block in the present one."""
+        step = self.state.global_step
+        number = self._micro_batch[1] + 1 if self._micro_batch[0] == step else 0
+        self._micro_batch = (step, number)
+        in_step = (number * self.args.world_size + self.args.process_index) * size
+        first = step * self.config.blocks_per_step + in_step
+        return first, first + size - 1
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        norm = super()._clip_grad_norm(model)
+        if not math.isfinite(norm):  # else the weights, and the next checkpoint, would not be finite either
+            raise InputError(
+                f"the gradient became {float(norm)} at step {self.state.global_step}: lower the learning rate; the "
+                "last checkpoint is kept"
+            )
+        return norm
 
     def distillation(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> DistillationLoss:
         """Run student (through its wrapper, so that DDP and FSDP see it) and teacher on one micro-batch."""
@@ -194,10 +216,19 @@ class CastTrainer(Trainer):
         return self.skeleton if self.is_world_process_zero() else None
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
+        checkpoint = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, SafetensorError) as error:  # each of the formats' writers has its own
+            shutil.rmtree(checkpoint, ignore_errors=True)
+            reason = str(error).strip().splitlines()[0]
+            raise InputError(
+                f"the checkpoint of step {self.state.global_step} could not be written ({reason}): make room on the "
+                "disk and go on with --resume from the one before"
+            ) from error
         self.accelerator.wait_for_everyone()  # have written their parts
         if self.args.should_save:
-            (Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}" / _COMPLETE).touch()
+            (checkpoint / _COMPLETE).touch()
 
 
 def last_hidden_state(model: PreTrainedModel, ids: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from transformers import TrainingArguments
 
 from cast_train.budget import decay_budget
 from cast_train.config import CastConfig, TrainConfig
-from cast_train.dataset import TokenBlocks, load_tokens
+from cast_train.dataset import TokenBlocks, check_vocabulary, load_tokens
 from cast_train.dtensor import local, sum_of_pieces, whole
 from cast_train.health import Health, read_metrics
 from cast_train.interruption import StopOnSigterm
@@ -90,6 +90,7 @@ def train(
     budget_tokens = config.total_steps * config.batch_tokens
     texts = with_samples(data, dense, tokenizer, budget_tokens, config.block_length, cache_dir)
     tokens = load_tokens(texts, tokenizer, cache_dir)
+    check_vocabulary(tokens.tokens, dense_config(dense).vocab_size, directory)
     blocks = TokenBlocks(tokens, config.block_length, config.total_steps * config.blocks_per_step, config.seed)
     identity = {
         "method": config.method,

@@ -1,5 +1,6 @@
 """Files and directories that appear complete or not at all."""
 
+import errno
 import os
 import shutil
 import tempfile
@@ -7,7 +8,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from conversion.errors import InputError
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def check_target(target: Path, overwrite: bool = False, source: Path | None = None) -> None:
@@ -26,7 +31,7 @@ def new_directory(target: Path, overwrite: bool = False, source: Path | None = N
 
     Raises:
         InputError: `target` exists and `overwrite` is false; with `overwrite` the old one is replaced at the very end,
-            unless that would delete `source`.
+            unless that would delete `source`. Or the disk is full.
     """
     check_target(target, overwrite, source)
     target = target.absolute()
@@ -34,7 +39,8 @@ def new_directory(target: Path, overwrite: bool = False, source: Path | None = N
     building = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         building.chmod(0o777 & ~_umask())
-        yield building
+        with room_for(target):
+            yield building
         if target.exists():
             replaced = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
             os.rename(target, replaced / target.name)
@@ -48,10 +54,23 @@ def new_directory(target: Path, overwrite: bool = False, source: Path | None = N
 
 
 def write_text(target: Path, text: str) -> None:
-    """Write `text` (UTF-8) beside `target`, then rename it to `target`, which may exist."""
+    """Write `text` (UTF-8) beside `target`, then rename it to `target`, which may exist. InputError on a full disk."""
     partial = target.with_name(f".{target.name}.partial")
-    partial.write_text(text, encoding="utf-8")
+    with room_for(target):
+        partial.write_text(text, encoding="utf-8")
     partial.replace(target)
+
+
+@contextmanager
+def room_for(target: Path) -> Iterator[None]:
+    """Turn the error of whoever meets a full disk, or file-size limit, into an InputError that names `target`."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        # safetensors has no errno, only Rust's text of it
+        if getattr(error, "errno", None) in _FULL or any(f"(os error {number})" in str(error) for number in _FULL):
+            raise InputError(f"{target} could not be written ({error}): make room on the disk and try again") from error
+        raise
 
 
 def _umask() -> int:

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from cast_train.dataset import check_vocabulary
 from cast_train.evaluation.perplexity import score_windows
 from cast_train.evaluation.windows import heldout_windows
 from cast_train.evaluation.zero_shot import Tasks, zero_shot
@@ -68,6 +69,7 @@ def evaluate(
         result: dict[str, Any] = {}
         if texts is not None and context is not None:
             windows = heldout_windows(texts, tokenizer, context, tokens)
+            check_vocabulary(windows, model.config.vocab_size, directory)
             if teacher_model is not None:
                 others = heldout_windows(texts, teacher_model[1], context, tokens)
                 if model.config.vocab_size != teacher_model[0].config.vocab_size or not torch.equal(windows, others):

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from cast_train.config import TrainConfig
-from cast_train.dataset import load_tokens
+from cast_train.dataset import check_vocabulary, load_tokens
 from cast_train.methods import CALIBRATED, ONE_SHOT, TRAINED
 from cast_train.oneshot.calibration import calibration_samples
 from cast_train.oneshot.prune import prune
@@ -39,5 +39,6 @@ def prune_directory(
         if method in CALIBRATED:
             texts = with_samples(data, dense, tokenizer, config.calibration_tokens, config.block_length)
             calibration = calibration_samples(load_tokens(texts, tokenizer), config)
+            check_vocabulary(calibration, model.config.vocab_size, directory)
         prune(model, method, calibration)
         save_model(model, tokenizer, directory, building)

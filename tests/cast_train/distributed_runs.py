@@ -5,6 +5,7 @@ the optimizer's masks of the final weights, gathered from all processes.
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ class Stop(Exception):
 
 def run(arguments: dict[str, Any]) -> None:
     AcceleratorState._reset_state()
+    os.environ.pop("ACCELERATE_USE_FSDP", None)  # an earlier run's
     config = CONFIGS[arguments.pop("method")](**arguments.pop("config"))
     stop_at = arguments.pop("stop_at", None)
     out = Path(arguments["out"])

@@ -87,6 +87,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
         trained.run("llama", "llama-fsdp", fsdp=True),
         trained.run("gpt2", "gpt2-fsdp", fsdp=True),
         trained.run("llama", "stopped", fsdp=True, stop_at=9),
+        trained.run("llama", "copied-stopped", stop_at=9),
         trained.run("llama", "ast-stopped", "ast", fsdp=True, stop_at=9),
     )
     (root / "printed").write_text(printed)
@@ -128,16 +129,20 @@ def test_masks_of_the_saved_weights_are_the_optimizers(trained: Trained, out: st
         assert (rows.reshape(-1, 4).sum(1) == 2).all(), name
 
 
-def test_a_sharded_run_goes_on_under_another_number_of_processes(trained: Trained) -> None:
+def test_runs_go_on_under_another_number_of_processes(trained: Trained) -> None:
     assert (trained.root / "stopped.run" / "checkpoint-7" / "optimizer_0" / ".metadata").is_file()
     printed = launch(
         1,
         trained.run("llama", "stopped", resume=True),
         trained.run("llama", "stopped", fsdp=True, resume=True),
+        trained.run("llama", "copied-stopped", fsdp=True, resume=True),
+        trained.run("llama", "copied-stopped", resume=True),
         trained.run("llama", "ast-stopped", "ast", fsdp=True, resume=True),
     )
     assert "written by a sharded run: continue it under torchrun with --fsdp" in printed
-    close(trained.weights("llama-alone"), trained.weights("stopped"))
+    assert "written by a run that was not sharded: continue it without --fsdp" in printed
+    for out in ("stopped", "copied-stopped"):
+        close(trained.weights("llama-alone"), trained.weights(out))
     close(trained.weights("ast-alone"), trained.weights("ast-stopped"))
 
 

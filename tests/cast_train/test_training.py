@@ -2,9 +2,12 @@
 
 import json
 import os
+import random
+import resource
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,12 +15,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 from cast_serve import cli
+from cast_train import dataset, training
 from cast_train.config import AstConfig, CastConfig, TrainConfig
+from cast_train.dataset import TokenBlocks, load_tokens
+from cast_train.evaluation.evaluate import evaluate
 from cast_train.health import read_metrics
-from cast_train.trainer import CastTrainer, last_checkpoint
+from cast_train.trainer import CastTrainer, last_checkpoint, training_arguments
 from cast_train.training import train
 from conversion.errors import InputError, Interrupted
 from conversion.families import family_of, in_scope
@@ -152,9 +158,9 @@ def test_blocks_are_shortened_to_the_models_context(tmp_path: Path) -> None:
 # Runs `train` with the arguments of its first argument, and is killed (SIGKILL) where the second one says.
 KILLED_RUN = """
 import json, os, pathlib, signal, sys
-from cast_train.config import AstConfig, CastConfig, TrainConfig
+from cast_train.config import CastConfig
 from cast_train.health import Health
-from cast_train.trainer import CastTrainer, last_checkpoint
+from cast_train.trainer import CastTrainer
 from cast_train.training import train
 
 def kill(*args, **kwargs):
@@ -237,6 +243,33 @@ def test_sigterm_stops_with_a_checkpoint_of_that_step(gpt2: Setting, uninterrupt
     assert all(torch.equal(resumed[name], tensor) for name, tensor in expected.items())
 
 
+@pytest.mark.slow
+def test_killed_at_random_moments_and_resumed_is_bit_identical(gpt2: Setting, uninterrupted: Path) -> None:
+    """Moments drawn anew each time, from the first step to the saving of the result."""
+    out = gpt2.root / "random"
+    arguments = {"source": str(gpt2.source), "data": [str(gpt2.text)], "out": str(out), "resume": True}
+    arguments |= {"config": config(save_steps=2).model_dump(), "cache_dir": str(gpt2.root / "cache")}
+    kills, moments = 0, random.Random()
+    while not out.exists():
+        command = [sys.executable, "-c", KILLED_RUN, json.dumps(arguments), "never", "0"]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        logged = len(read_metrics(out.with_name("random.run") / "metrics.jsonl"))
+        while kills < 3 and process.poll() is None:
+            if len(read_metrics(out.with_name("random.run") / "metrics.jsonl")) > logged:
+                time.sleep(moments.uniform(0, 0.4))
+                process.kill()
+                kills += 1
+                break
+            time.sleep(0.01)
+        _, said = process.communicate()
+        assert process.returncode in (0, -signal.SIGKILL), said
+    assert kills > 0
+    expected, resumed = (load_file(path / "model.safetensors") for path in (uninterrupted, out))
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in expected.items())
+    steps = [line["step"] for line in read_metrics(out / "metrics.jsonl")]
+    assert steps == list(range(1, 25))
+
+
 class Stop(Exception):
     pass
 
@@ -310,11 +343,128 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(
             return losses
 
         patch.setattr(CastTrainer, "distillation", diverging)
-        with pytest.raises(InputError, match="nan at step 9"):
+        with pytest.raises(InputError, match="nan at step 9, on blocks 36 to 37 of the run"):
             llama.train("out", config())
     assert [path.name for path in (llama.root / "out.run").glob("checkpoint-*")] == ["checkpoint-7"]
     assert not (llama.root / "out").exists()
     llama.train("out", config(), resume=True)
+
+
+def test_the_batch_named_is_that_of_the_text(llama: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The third micro-batch of step 1, with a step's six blocks in three of two."""
+    settings = config(batch_tokens=96, micro_batch_tokens=32, steps=3)
+    seen: list[torch.Tensor] = []
+    distillation = CastTrainer.distillation
+
+    def recorded(self: CastTrainer, model: Any, inputs: Any) -> Any:
+        losses = distillation(self, model, inputs)
+        if self.state.max_steps:  # not before the training
+            seen.append(inputs["input_ids"])
+            if len(seen) == 6:
+                losses.loss.data.fill_(float("inf"))
+        return losses
+
+    monkeypatch.setattr(CastTrainer, "distillation", recorded)
+    with pytest.raises(InputError, match="inf at step 1, on blocks 10 to 11 of the run"):
+        llama.train("out", settings)
+    tokens = load_tokens([str(llama.text)], AutoTokenizer.from_pretrained(llama.source), llama.root / "cache")
+    blocks = TokenBlocks(tokens, 16, 18, settings.seed)
+    assert torch.equal(seen[-1], torch.stack([blocks[10]["input_ids"], blocks[11]["input_ids"]]))
+
+
+def test_a_gradient_that_is_not_finite_reaches_no_weight(llama: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At step 6 its update would be in the checkpoint of step 7, and every resumed run would fail again."""
+
+    def broken(self: CastTrainer, *args: Any, **kwargs: Any) -> Any:
+        loss = training_step(self, *args, **kwargs)
+        if self.state.global_step == 6:
+            self.student.get_output_embeddings().weight.grad[0, 0] = float("nan")
+        return loss
+
+    training_step = CastTrainer.training_step
+    with monkeypatch.context() as patch:
+        patch.setattr(CastTrainer, "training_step", broken)
+        with pytest.raises(InputError, match="the gradient became nan at step 6: lower the learning rate"):
+            llama.train("out", config(save_steps=1))
+    assert last_checkpoint(llama.root / "out.run") == llama.root / "out.run" / "checkpoint-6"
+    weights = load_file(llama.root / "out.run" / "checkpoint-6" / "model.safetensors")
+    assert all(tensor.isfinite().all() for tensor in weights.values())
+
+
+@pytest.mark.parametrize("limit", [20_000, 200_000])
+def test_a_full_disk_keeps_the_checkpoint_before(llama: Setting, monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
+    """Files that cannot grow stand for the disk: at 20 kB the weights do not fit, at 200 kB the optimizer's state."""
+    save = CastTrainer._save_checkpoint
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def full(self: CastTrainer, *args: Any) -> None:
+        if self.state.global_step == 14:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+        try:
+            save(self, *args)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CastTrainer, "_save_checkpoint", full)
+        with pytest.raises(InputError, match=r"step 14 could not be written \(.+\): make room .* --resume"):
+            llama.train("out", config())
+    assert [path.name for path in (llama.root / "out.run").glob("checkpoint-*")] == ["checkpoint-7"]
+    llama.train("out", config(), resume=True)
+    assert_exactly_2of4(llama.root / "out")
+
+
+@pytest.mark.parametrize("name", ["tokens", "model"])
+def test_a_disk_full_of_tokens_or_of_the_result_is_said(
+    llama: Setting, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Also then nothing half-written stays, and what is trained is not lost."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limited(original: Any) -> Any:
+        def function(*args: Any, **options: Any) -> None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+            try:
+                original(*args, **options)
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+        return function
+
+    with monkeypatch.context() as patch:
+        if name == "tokens":
+            patch.setattr(dataset, "_tokenize", limited(dataset._tokenize))
+        else:
+            patch.setattr(training, "save_model", limited(training.save_model))
+        what = "cache/.*" if name == "tokens" else "out"
+        with pytest.raises(InputError, match=rf"/{what} could not be written \(.+\): make room on the disk"):
+            llama.train("out", config(save_steps=4, steps=8))
+    left = {path.name for path in (*llama.root.iterdir(), *(llama.root / "cache").iterdir())}
+    assert not any(entry.startswith(".") for entry in left)
+    assert "out" not in left
+    if name == "model":
+        assert last_checkpoint(llama.root / "out.run") == llama.root / "out.run" / "checkpoint-8"
+    llama.train("out", config(save_steps=4, steps=8), resume=True)
+    assert_exactly_2of4(llama.root / "out")
+
+
+def test_a_tokenizer_of_another_model_is_refused(llama: Setting) -> None:
+    other = AutoTokenizer.from_pretrained(llama.source)
+    other.add_tokens(["the"])
+    other.save_pretrained(llama.source)
+    llama.text.write_text("the " * 200)
+    message = r"tokenizer of .*dense does not match its model: the text has token 97, and the model knows 97"
+    with pytest.raises(InputError, match=message):
+        llama.train("out", config())
+    assert not (llama.root / "out.run").exists()
+    with pytest.raises(InputError, match=message):
+        evaluate([llama.source], llama.text, 16, 64)
+
+
+def test_processes_that_cannot_share_a_step_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TrainingArguments, "world_size", 3)
+    with pytest.raises(InputError, match="4 blocks a step cannot be shared by 3 devices"):
+        training_arguments(config(), tmp_path)
 
 
 def test_refuses_an_existing_directory_unless_told_to_replace_it(llama: Setting) -> None:
