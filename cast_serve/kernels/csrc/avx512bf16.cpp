@@ -14,51 +14,54 @@ constexpr int kRows = 8;
 
 // Where the inputs of group `group` of a word are among the word's 32: column of slot 0 in the low half of each lane, of
 // slot 1 in the high half.
-template <int Group>
-inline __m512i columns(__m512i words) {
-  const int64_t lane = (4 * Group) | (4 * Group + 2) << 16;  // the bits from there on go to bytes 0 and 2
+inline __m512i columns(__m512i words, int group) {
+  const int64_t lane = (4 * group) | (4 * group + 2) << 16;  // the bits from there on go to bytes 0 and 2
   const __m512i fields = _mm512_multishift_epi64_epi8(_mm512_set1_epi64(lane | (lane + 0x00200020) << 32), words);
-  const int first = 4 * Group * 0x00010001;
+  const int first = 4 * group * 0x00010001;
   return _mm512_ternarylogic_epi32(fields, _mm512_set1_epi32(0x00030003), _mm512_set1_epi32(first), 0xea);  // (a & b) | c
 }
 
-inline __m512i pick(__m512i inputs, __m512i columns) { return _mm512_permutexvar_epi16(columns, inputs); }
-
-inline __m512 dot(__m512 sum, __m512i x, const uint16_t* w) {
-  return _mm512_dpbf16_ps(sum, (__m512bh)x, (__m512bh)_mm512_loadu_si512(w));
+// sums += groups 0 .. count - 1 of a word.
+template <int Rows, int Sums>
+inline __attribute__((always_inline)) void add_word(const uint16_t* x, int64_t stride, const uint16_t* w, __m512i words,
+                                                    int count, __m512 (&sums)[Rows][Sums]) {
+  __m512i inputs[Rows];
+  for (int m = 0; m < Rows; ++m) inputs[m] = _mm512_loadu_si512(x + m * stride);
+#pragma GCC unroll 8
+  for (int g = 0; g < count; ++g) {
+    const __m512i c = columns(words, g), weights = _mm512_loadu_si512(w + g * 2 * kPanelRows);
+    for (int m = 0; m < Rows; ++m) {
+      __m512& sum = sums[m][g % Sums];
+      sum = _mm512_dpbf16_ps(sum, (__m512bh)_mm512_permutexvar_epi16(c, inputs[m]), (__m512bh)weights);
+    }
+  }
 }
 
 // tile[:Rows, :16] += x W^T over words begin <= word < end of one panel; the last word has `last` groups.
 template <int Rows>
 void accumulate(const uint16_t* x, int64_t stride, const uint16_t* values, const uint32_t* indices, int64_t begin,
                 int64_t end, int last, float* tile) {
-  __m512 sums[Rows][2];
-  for (int m = 0; m < Rows; ++m) sums[m][0] = sums[m][1] = _mm512_setzero_ps();
+  constexpr int kSums = 2;  // of an output, lest a product wait for the one before; the same in every blocking of rows
+  __m512 sums[Rows][kSums];
+  for (int m = 0; m < Rows; ++m)
+    for (int s = 0; s < kSums; ++s) sums[m][s] = _mm512_setzero_ps();
   for (int64_t word = begin; word < end; ++word) {
     const uint16_t* w = values + word * 8 * 2 * kPanelRows;
     const __m512i words = _mm512_loadu_si512(indices + word * kPanelRows);
-    const __m512i c[8] = {columns<0>(words), columns<1>(words), columns<2>(words), columns<3>(words),
-                          columns<4>(words), columns<5>(words), columns<6>(words), columns<7>(words)};
-    if (word + 1 < end || last == 8) {
-      const char* ahead = reinterpret_cast<const char*>(w) + kPrefetch;
-#pragma GCC unroll 8
-      for (int line = 0; line < 8; ++line) __builtin_prefetch(ahead + 64 * line, 0, 2);
-      __builtin_prefetch(indices + (word + kPrefetch / 512) * kPanelRows, 0, 2);
-      for (int m = 0; m < Rows; ++m) {
-        const __m512i inputs = _mm512_loadu_si512(x + m * stride + word * 32);
-#pragma GCC unroll 8
-        for (int g = 0; g < 8; ++g) sums[m][g % 2] = dot(sums[m][g % 2], pick(inputs, c[g]), w + g * 2 * kPanelRows);
-      }
-    } else {
-      for (int m = 0; m < Rows; ++m) {
-        const __m512i inputs = _mm512_loadu_si512(x + m * stride + word * 32);
-        for (int g = 0; g < last; ++g) sums[m][g % 2] = dot(sums[m][g % 2], pick(inputs, c[g]), w + g * 2 * kPanelRows);
-      }
+    if (word + 1 == end && last < 8) {
+      add_word<Rows, kSums>(x + word * 32, stride, w, words, last, sums);
+      break;
     }
+    const char* ahead = reinterpret_cast<const char*>(w) + kPrefetch;
+#pragma GCC unroll 8
+    for (int line = 0; line < 8; ++line) __builtin_prefetch(ahead + 64 * line, 0, 2);
+    __builtin_prefetch(indices + (word + kPrefetch / 512) * kPanelRows, 0, 2);
+    add_word<Rows, kSums>(x + word * 32, stride, w, words, 8, sums);
   }
   for (int m = 0; m < Rows; ++m) {
-    float* out = tile + m * kTileWidth;
-    _mm512_storeu_ps(out, _mm512_add_ps(_mm512_loadu_ps(out), _mm512_add_ps(sums[m][0], sums[m][1])));
+    __m512 sum = sums[m][0];
+    for (int s = 1; s < kSums; ++s) sum = _mm512_add_ps(sum, sums[m][s]);
+    _mm512_storeu_ps(tile + m * kTileWidth, _mm512_add_ps(_mm512_loadu_ps(tile + m * kTileWidth), sum));
   }
 }
 
