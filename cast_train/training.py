@@ -22,8 +22,6 @@ from cast_train.dtensor import local, sum_of_pieces, whole
 from cast_train.health import Health, read_metrics
 from cast_train.interruption import StopOnSigterm
 from cast_train.mask import nm_mask
-from cast_train.oneshot import prune
-from cast_train.oneshot.calibration import calibration_samples
 from cast_train.plot import plot_metrics
 from cast_train.run import Run, source_hash
 from cast_train.saving import save_model
@@ -31,6 +29,7 @@ from cast_train.self_data import with_samples
 from cast_train.sparse_model import is_transposed, scope, sparsify
 from cast_train.teacher_cache import CachedBlocks, TeacherCache, fill
 from cast_train.trainer import CastTrainer, check_resumable, last_checkpoint, training_arguments, uses_bf16
+from cast_train.warm_start import warm_start
 from conversion.atomic import check_target, new_directory
 from conversion.checkpoint import Checkpoint
 from conversion.dense_model import context_length, dense_config, dense_model
@@ -55,6 +54,7 @@ def train(
     overwrite: bool = False,
     cache_dir: Path | None = None,
     teacher_cache: Path | None = None,
+    kept_starts: Path | None = None,
 ) -> dict[str, Any]:
     """Train `source` to 2:4 by the config's method and save it to `out`; return what training.json says.
 
@@ -71,6 +71,7 @@ def train(
         cache_dir: where tokenized text is cached.
         teacher_cache: directory of the teacher's `config.teacher_top_k` most likely tokens, filled by a first run;
             later ones with the same text, seed, teacher and precision need no teacher.
+        kept_starts: directory of warm-started weights, which runs that start alike share.
 
     Raises:
         InputError: anything given is wrong, or the loss is no longer finite.
@@ -114,9 +115,8 @@ def train(
     )
 
     # Start from the dense weights, or from one-shot pruned ones
-    if config.warm_start != "none" and checkpoint is None:
-        calibration = calibration_samples(tokens, config) if config.warm_start != "magnitude" else None
-        prune(student, config.warm_start, calibration, shrink=config.shrink)
+    if checkpoint is None:
+        warm_start(student, config, tokens, source_hash(directory), kept_starts)
     student = sparsify(student, config)
     trainer = CastTrainer(
         student,

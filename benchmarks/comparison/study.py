@@ -133,7 +133,9 @@ class Study:
             prune_directory(self.model, self.data, out, cell.variant.method, cell.config)
             return {"seconds": time.monotonic() - start}
         # force: a budget that decay cannot cover is what a comparison at equal tokens has to show
-        summary = train(self.model, self.data, out, cell.config, resume=True, force=True)
+        summary = train(
+            self.model, self.data, out, cell.config, resume=True, force=True, kept_starts=self.work / "starts"
+        )
         _free_memory()
         names = ("seconds", "trained_tokens", "text_tokens", "decay", "momentum", "budget", "before_cut", "after_cut")
         return {name: summary[name] for name in names if name in summary}
