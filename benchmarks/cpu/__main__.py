@@ -85,13 +85,13 @@ def main(
         found, others = measure.measure(candidates, sources, plan, rounds, perplexities, advance)
 
     machine, now = this_machine(), datetime.now(UTC)
-    name = RANDOM if random else dense.resolve().name
+    name = RANDOM if random else dense.absolute().name
     stem = f"cpu-{name.lower()}-{now:%Y-%m-%d}"
     runtimes = sorted({m.turns[0].about for m in found})
     title = f"{name} on a CPU: 2:4 beside dense and llama.cpp"
     about = [
         title,
-        f"{machine.cpu}, {threads} threads, {now:%Y-%m-%d}. {'. '.join(runtimes)}.",
+        f"{machine.cpu}, threads: {threads}, {now:%Y-%m-%d}. {'. '.join(runtimes)}.",
         f"Medians of {rounds} rounds (lowest to highest) in which every candidate has a turn, in a process of its own. "
         f"Prompts of {prompt_tokens} tokens, {output_tokens} tokens generated greedily for each, end to end without a "
         f"server; decoding only counts what comes after the last prompt is read. Prefill reads {prefill_tokens} "
