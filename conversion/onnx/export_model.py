@@ -81,9 +81,7 @@ def export(
         )
     dtype = _value_dtype(source, sparse, value_dtype) if dense is None else dense.weights.values.name
     if embedding is not None and not sparse and dense is None:
-        raise InputError(
-            f"{source.directory} is not 2:4: its embedding is quantized only together with its linears (--quantize)"
-        )
+        raise InputError(f"{source.directory} is not 2:4, and a dense float32 model keeps its embedding: leave it out")
     if embedding is not None and isinstance(source, PackedCheckpoint) and source.embedding is not None:
         raise InputError(
             f"the embedding of {source.directory} is already {source.embedding.values.name}: leave --embedding out"
