@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from cast_train.config import AstConfig, CastConfig, GmpConfig, SrsteConfig, TrainConfig
     from cast_train.mask import nm_mask
     from cast_train.sparse_model import finalize, sparsify
-    from cast_train.trainer import CastTrainer
+    from cast_train.trainer import CastTrainer, parameter_groups
 
 __all__ = [
     "AdamS",
@@ -22,6 +22,7 @@ __all__ = [
     "decay_budget",
     "finalize",
     "nm_mask",
+    "parameter_groups",
     "sparsify",
 ]
 
@@ -36,6 +37,7 @@ _MODULES = {
     "decay_budget": "budget",
     "finalize": "sparse_model",
     "nm_mask": "mask",
+    "parameter_groups": "trainer",
     "sparsify": "sparse_model",
 }
 
