@@ -54,9 +54,38 @@ struct QuantizedTile {
     return block % 2 ? Q::high(both) : Q::low(both);
   }
 
-  // tile[:Rows, :16] += x W^T over groups begin <= g < end; `panel` points at the first of them.
+  // What one word's picks and dots take. Many rows of x share it, where that is worth the way through memory: where there
+  // are columns to find.
+  struct Word {
+    Ints weights[kVecs][kBlocks];
+    Ints columns[kVecs][kBlocks];
+  };
+
+  // The words of groups begin <= g < end, taken apart; `panel` points at the first group.
+  static void take_apart(const QuantizedLayout& layout, int64_t begin, int64_t end, const uint8_t* panel, Word* out) {
+    const int64_t group_words = layout.group / kWordColumns;
+    int64_t word = begin * group_words;
+    for (int64_t g = begin; g < end; ++g) {
+      prefetch<kGroupHeader>(panel);
+      panel += kGroupHeader;
+      const int64_t next = word + group_words < layout.words ? word + group_words : layout.words;
+      for (; word < next; ++word, ++out, panel += kWordBytes) {
+        prefetch<kWordBytes>(panel);
+        for (int v = 0; v < kVecs; ++v)
+#pragma GCC unroll 8
+          for (int b = 0; b < kBlocks; ++b) {
+            out->weights[v][b] = weights(panel + 64, b, v);
+            out->columns[v][b] = Q::columns(Q::load(panel + v * 4 * Q::W), b);
+          }
+      }
+    }
+  }
+
+  // tile[:Rows, :16] += x W^T over groups begin <= g < end; `panel` points at the first of them, `apart` at its words taken
+  // apart, or is nullptr if that is to be done here.
+  template <bool Apart>
   static void accumulate(const QuantizedRows& x, int64_t first, const QuantizedLayout& layout, int64_t begin, int64_t end,
-                         const uint8_t* panel, float* tile) {
+                         const uint8_t* panel, const Word* apart, float* tile) {
     const int64_t group_words = layout.group / kWordColumns, stride = layout.x_stride;
     const uint8_t* q = x.q + first * stride + begin * layout.group;
     const float* x_scale = x.scale + first * layout.groups;
@@ -67,7 +96,7 @@ struct QuantizedTile {
     for (int64_t g = begin; g < end; ++g) {
       const float* scale = reinterpret_cast<const float*>(panel);
       const int16_t* sum = reinterpret_cast<const int16_t*>(panel + kGroupSums);
-      prefetch<kGroupHeader>(panel);
+      if constexpr (!Apart) prefetch<kGroupHeader>(panel);
       panel += kGroupHeader;
       Sums dots[Rows][kVecs][kSums];
       for (int v = 0; v < kVecs; ++v) {
@@ -76,17 +105,17 @@ struct QuantizedTile {
           for (int s = 0; s < kSums; ++s) dots[m][v][s] = s == 0 ? start : Q::zero();
       }
       const int64_t next = word + group_words < layout.words ? word + group_words : layout.words;
-      for (; word < next; ++word, panel += kWordBytes, q += kWordColumns) {
-        prefetch<kWordBytes>(panel);
+      for (; word < next; ++word, ++apart, panel += kWordBytes, q += kWordColumns) {
+        if constexpr (!Apart) prefetch<kWordBytes>(panel);
         const uint8_t* values = panel + (Sparse ? 64 : 0);
         for (int v = 0; v < kVecs; ++v) {
           if constexpr (Sparse) {
-            const Ints index = Q::load(panel + v * 4 * Q::W);
             typename Q::Inputs inputs[Rows];
             for (int m = 0; m < Rows; ++m) inputs[m] = Q::inputs(q + m * stride);
 #pragma GCC unroll 4
             for (int b = 0; b < 4; ++b) {
-              const Ints columns = Q::columns(index, b), w = weights(values, b, v);
+              const Ints columns = Apart ? apart->columns[v][b] : Q::columns(Q::load(panel + v * 4 * Q::W), b);
+              const Ints w = Apart ? apart->weights[v][b] : weights(values, b, v);
               for (int m = 0; m < Rows; ++m)
                 dots[m][v][b % kSums] = Q::dot(dots[m][v][b % kSums], Q::pick(inputs[m], columns, b), w);
             }
@@ -118,9 +147,18 @@ struct QuantizedTile {
 template <class Q, int Bits, bool Sparse, int Rows>
 inline void quantized_rows(const QuantizedRows& x, int64_t first, int64_t rows, const QuantizedLayout& layout, int64_t begin,
                            int64_t end, const uint8_t* panel, float* tile) {
+  using Tile = QuantizedTile<Q, Bits, Sparse, Rows>;
   int64_t m = 0;
+  if constexpr (Sparse && Rows == Q::kTileRows) {
+    if (rows >= 2 * Rows) {
+      typename Tile::Word apart[kQuantizedBlock / kWordColumns];
+      Tile::take_apart(layout, begin, end, panel, apart);
+      for (; m + Rows <= rows; m += Rows)
+        Tile::template accumulate<true>(x, first + m, layout, begin, end, panel, apart, tile + m * kTileWidth);
+    }
+  }
   for (; m + Rows <= rows; m += Rows)
-    QuantizedTile<Q, Bits, Sparse, Rows>::accumulate(x, first + m, layout, begin, end, panel, tile + m * kTileWidth);
+    Tile::template accumulate<false>(x, first + m, layout, begin, end, panel, nullptr, tile + m * kTileWidth);
   if constexpr (Rows > 1) {
     if (m < rows)
       quantized_rows<Q, Bits, Sparse, Rows / 2>(x, first + m, rows - m, layout, begin, end, panel, tile + m * kTileWidth);
@@ -131,7 +169,7 @@ inline void quantized_rows(const QuantizedRows& x, int64_t first, int64_t rows, 
 template <class Q, int Bits, bool Sparse>
 void quantized_blocks(const QuantizedRows& x, int64_t first, int64_t rows, const QuantizedLayout& layout,
                       const uint8_t* panel, float* tile) {
-  const int64_t block = kQuantizedBlock > layout.group ? kQuantizedBlock / layout.group : 1;
+  const int64_t block = kQuantizedBlock / layout.group;
   const int64_t group_bytes = kGroupHeader + layout.group / kWordColumns * layout.word_bytes;
   for (int64_t begin = 0; begin < layout.groups; begin += block) {
     const int64_t end = begin + block < layout.groups ? begin + block : layout.groups;
@@ -139,6 +177,7 @@ void quantized_blocks(const QuantizedRows& x, int64_t first, int64_t rows, const
   }
 }
 
+// tile [rows, kTileWidth] += x W^T for one panel.
 template <class Q>
 void tile_quantized(const QuantizedRows& x, int64_t first, int64_t rows, const QuantizedLayout& layout, const uint8_t* panel,
                     float* tile) {
