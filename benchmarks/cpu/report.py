@@ -142,6 +142,8 @@ def _losses(found: Sequence[Measured], by_name: dict[str, Rate]) -> list[str]:
 
 
 def _named(what: str, others: Sequence[Measured], of: int) -> list[str]:
+    """By name as far as names can be read: the table above has the rest."""
     if not others:
         return []
-    return [f"{what} {'all others' if len(others) == of else ' and '.join(o.name for o in others)}"]
+    few = " and ".join(other.name for other in others) if len(others) <= 3 else f"{len(others)} of {of} others"
+    return [f"{what} {'all others' if len(others) == of else few}"]
