@@ -33,7 +33,7 @@ RESULTS = Path(__file__).parents[1] / "results"
 
 
 def memory_read() -> Candidate:
-    """512 MB summed by all threads: the bound of every call at M = 1. Timed in turn with them: memory's speed drifts."""
+    """512 MB summed by all threads: the bound at M = 1. Timed in turn with the candidates: memory's speed drifts."""
     # numpy gets huge pages, as prepack does. No two pages are equal: the host of a virtual machine may keep those once.
     data = torch.from_numpy(np.random.default_rng(0).random(128 << 20, dtype=np.float32))
     return Candidate(lambda _: data.sum(), data.nbytes)
