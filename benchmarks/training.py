@@ -25,6 +25,7 @@ from torch.optim import Optimizer
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Trainer
 
 from benchmarks.load.machine import this_machine
+from benchmarks.shapes import SHAPES
 from benchmarks.timing import interleave
 from cast_train.config import CastConfig
 from cast_train.devices import peak_flops
@@ -36,36 +37,6 @@ from conversion.checkpoint import Checkpoint
 from conversion.dense_model import dense_model
 
 RESULTS = Path(__file__).parent / "results"
-
-SHAPES: dict[str, dict[str, Any]] = {
-    "tiny": {
-        "vocab_size": 512,
-        "hidden_size": 64,
-        "intermediate_size": 192,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-    },
-    "135m": {  # SmolLM2-135M
-        "vocab_size": 49152,
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "tie_word_embeddings": True,
-        "max_position_embeddings": 8192,
-    },
-    "1b": {  # TinyLlama-1.1B
-        "vocab_size": 32000,
-        "hidden_size": 2048,
-        "intermediate_size": 5632,
-        "num_hidden_layers": 22,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 4,
-        "max_position_embeddings": 4096,
-    },
-}
-"""Llama shapes, with random weights."""
 
 
 class PlainTrainer(CastTrainer):

@@ -93,11 +93,12 @@ def train(
     tokens = load_tokens(texts, tokenizer, cache_dir)
     check_vocabulary(tokens.tokens, dense_config(dense).vocab_size, directory)
     blocks = TokenBlocks(tokens, config.block_length, config.total_steps * config.blocks_per_step, config.seed)
+    source_id = source_hash(directory)
     identity = {
         "method": config.method,
         "config": config.model_dump(),
         "data": tokens.fingerprint,
-        "source": source_hash(directory),
+        "source": source_id,
     }
     run = Run.find(out.with_name(out.name + ".run"), identity, resume=resume)
     checkpoint = last_checkpoint(run.directory)
@@ -116,7 +117,7 @@ def train(
 
     # Start from the dense weights, or from one-shot pruned ones
     if checkpoint is None:
-        warm_start(student, config, tokens, source_hash(directory), kept_starts)
+        warm_start(student, config, tokens, source_id, kept_starts)
     student = sparsify(student, config)
     trainer = CastTrainer(
         student,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.comparison.variants import DENSE
+from benchmarks.markdown import markdown_table
 from conversion.atomic import write_text
 
 Record = dict[str, Any]
@@ -75,10 +76,10 @@ def _perplexities(records: Sequence[Record], text: str) -> str:
         return ""
 
     if not budgets:
-        return _markdown_table(["method", "perplexity"], [[r["variant"], f"{perplexity(r, text):.2f}"] for r in good])
+        return markdown_table(["method", "perplexity"], [[r["variant"], f"{perplexity(r, text):.2f}"] for r in good])
     header = ["method", *(f"{budget:,} tokens" for budget in budgets)]
     names = dict.fromkeys(record["variant"] for record in records)
-    table = _markdown_table(header, [[name, *(cell(name, budget) for budget in budgets)] for name in names])
+    table = markdown_table(header, [[name, *(cell(name, budget) for budget in budgets)] for name in names])
     return f"{table}\n\nIn brackets: times the dense model's. Bold: the best trained method at this budget."
 
 
@@ -105,7 +106,7 @@ def _details(records: Sequence[Record]) -> str:
         row.append(", ".join(f"{value:.4f}" for value in cut))
         row.append(str(timedelta(seconds=round(training["seconds"]))) if "seconds" in training else "")
         rows.append(row)
-    return _markdown_table(header, rows)
+    return markdown_table(header, rows)
 
 
 def _settings(records: Sequence[Record]) -> str:
@@ -115,14 +116,9 @@ def _settings(records: Sequence[Record]) -> str:
     differing = [name for name in names if len({json.dumps(config.get(name)) for config in configs.values()}) > 1]
     same = [f"{name} {next(iter(configs.values()))[name]}" for name in names if name not in differing]
     rows = [[label, *(str(config.get(name, "")) for name in differing)] for label, config in configs.items()]
-    table = _markdown_table(["run", *differing], rows)
+    table = markdown_table(["run", *differing], rows)
     return f"## Settings\n\nThe same for all: {', '.join(same)}.\n\n{table}" if configs else ""
 
 
 def _budget(record: Record) -> str:
     return "" if record["tokens"] is None else f"{record['tokens']:,}"
-
-
-def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

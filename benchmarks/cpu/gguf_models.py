@@ -35,14 +35,15 @@ def save_gguf(source: Path, out: Path, kind: str) -> None:
     """
     import llama_cpp
 
+    from benchmarks.cpu.llama_cpp_log import silence
+
     checkpoint = Checkpoint(source)
     with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
         plain, quantized = Path(scratch) / "plain.gguf", Path(scratch) / out.name
         _write(checkpoint, plain)
         params = llama_cpp.llama_model_quantize_default_params()
         params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}")
-        silent = llama_cpp.llama_log_callback(lambda level, text, user_data: None)
-        llama_cpp.llama_log_set(silent, ctypes.c_void_p())
+        silence()
         code = llama_cpp.llama_model_quantize(str(plain).encode(), str(quantized).encode(), ctypes.byref(params))
         if code:
             raise RuntimeError(f"llama.cpp could not quantize {source} to {kind} (code {code})")

@@ -1,6 +1,5 @@
 """llama.cpp as a candidate's runtime: its own batches of several sequences, through llama-cpp-python's C interface."""
 
-import ctypes
 import time
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -10,15 +9,11 @@ import llama_cpp
 import numpy as np
 
 from benchmarks.cpu.job import Speed
+from benchmarks.cpu.llama_cpp_log import silence
 from benchmarks.cpu.runner import log_likelihood
 
 BATCH_TOKENS = 512
 """Tokens that llama.cpp computes at once, its default (n_ubatch)."""
-
-
-@llama_cpp.llama_log_callback
-def _silent(level: int, text: bytes, user_data: ctypes.c_void_p) -> None:
-    """Says nothing: failures come back as codes."""
 
 
 class LlamaCppRunner:
@@ -26,7 +21,7 @@ class LlamaCppRunner:
 
     def __init__(self, file: Path, threads: int, sequences: int, tokens: int) -> None:
         """`tokens` is the most that one sequence holds."""
-        llama_cpp.llama_log_set(_silent, ctypes.c_void_p())
+        silence()
         llama_cpp.llama_backend_init()
         self._model = llama_cpp.llama_model_load_from_file(str(file).encode(), llama_cpp.llama_model_default_params())
         if not self._model:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
+from benchmarks.shapes import SHAPES
 from conversion.atomic import new_directory, write_text
 from conversion.checkpoint import Checkpoint
 from conversion.dense_model import dense_model
@@ -20,15 +21,7 @@ from conversion.pack import save_packed
 from conversion.progress import without_transformers_bars
 from conversion.quantization.formats import Quantization
 
-TINYLLAMA: dict[str, Any] = {
-    "vocab_size": 32000,
-    "hidden_size": 2048,
-    "intermediate_size": 5632,
-    "num_hidden_layers": 22,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 4,
-    "max_position_embeddings": 2048,
-}
+TINYLLAMA = SHAPES["1b"] | {"max_position_embeddings": 2048}
 """The shape of TinyLlama 1.1B."""
 _SOURCES = "sources.json"
 

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from benchmarks.cpu.results import Measured, Rate, rates, rivals
+from benchmarks.markdown import markdown_table
 
 _COLORS = {"dense": "tab:gray", "2:4": "tab:blue", "llama.cpp": "tab:orange"}
 _MARKERS = {"fp32": "o", "bf16": "s", "int8": "^", "int4": "D"}
@@ -27,7 +28,7 @@ def markdown(found: Sequence[Measured], concurrency: Sequence[int], about: Seque
     lines = [f"# {about[0]}", "", f"![tokens/s over quality]({picture})", ""]
     for paragraph in about[1:]:
         lines += [paragraph, ""]
-    lines += [*_table(found, concurrency), ""]
+    lines += [_table(found, concurrency), ""]
     if any(m.family == "2:4" for m in found):
         lines += [*_ratios(found, rates(concurrency)), "", *_losses(found, rates(concurrency))]
     return "\n".join(lines) + "\n"
@@ -77,12 +78,12 @@ def _panel(axis: Axes, found: Sequence[Measured], users: int) -> None:
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def _table(found: Sequence[Measured], concurrency: Sequence[int]) -> list[str]:
+def _table(found: Sequence[Measured], concurrency: Sequence[int]) -> str:
     scored = any(m.perplexity is not None for m in found)
     levels = [f"tokens/s, {users} at once" for users in concurrency]
     decoding = [f"decoding only, {users}" for users in (concurrency[0], concurrency[-1])]
     heads = ["", *(["perplexity"] if scored else []), "on disk", "peak memory", *levels, *decoding, "prefill tokens/s"]
-    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    rows = []
     for m in found:
         quality = [] if not scored else ["" if m.perplexity is None else f"{m.perplexity:.2f}"]
         cells = [
@@ -94,8 +95,8 @@ def _table(found: Sequence[Measured], concurrency: Sequence[int]) -> list[str]:
             *(f"{median(m.decoding(users)):.0f}" for users in (concurrency[0], concurrency[-1])),
             _spread(m.prefill()),
         ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
+        rows.append(cells)
+    return markdown_table(heads, rows)
 
 
 def _spread(values: list[float]) -> str:
@@ -108,16 +109,16 @@ def _figure(value: float) -> str:
 
 def _ratios(found: Sequence[Measured], by_name: dict[str, Rate]) -> list[str]:
     others = rivals(found)
-    lines = [
+    rows = [
+        [m.name, *(", ".join(f"{rival.ratio(m, rate):.2f}" for rate in by_name.values()) for rival in others)]
+        for m in found
+        if m.family == "2:4"
+    ]
+    return [
         f"How many times as fast 2:4 is as the fastest of each kind: {', '.join(by_name)} (medians over the rounds).",
         "",
-        f"| | {' | '.join(rival.name for rival in others)} |",
-        "|---" * (len(others) + 1) + "|",
+        markdown_table(["", *(rival.name for rival in others)], rows),
     ]
-    for m in (m for m in found if m.family == "2:4"):
-        cells = [", ".join(f"{rival.ratio(m, rate):.2f}" for rate in by_name.values()) for rival in others]
-        lines.append(f"| {m.name} | {' | '.join(cells)} |")
-    return lines
 
 
 def _losses(found: Sequence[Measured], by_name: dict[str, Rate]) -> list[str]:

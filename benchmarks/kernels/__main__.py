@@ -4,7 +4,6 @@ Weights come from memory, not from a cache: each candidate rotates through copie
 """
 
 import json
-import os
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -21,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from benchmarks.kernels.candidates import BASELINES, Candidate, candidates, random_bitmask
-from benchmarks.load.machine import this_machine
+from benchmarks.load.machine import available_cores, this_machine
 from benchmarks.timing import Timing, interleave
 from cast_serve import kernels
 from cast_serve.kernels import prepack
@@ -122,7 +121,7 @@ def main(
 ) -> None:
     """Measure the 2:4 kernels, float and quantized, against dense linears of torch and ONNX Runtime."""
     console = Console()
-    threads = threads or len(os.sched_getaffinity(0))
+    threads = threads or available_cores()
     torch.set_num_threads(threads)
     onnxruntime.set_global_thread_pool_sizes(threads, 1)
     batches = batch or [1, 8, 32, 512]

@@ -98,15 +98,16 @@ def _pack_embedding(
     embedding, lm_head = model.get_input_embeddings(), model.get_output_embeddings()
     assert isinstance(embedding, QuantizedEmbedding)
     assert isinstance(lm_head, QuantizedLinear)
+    tied = dense_config(checkpoint).tie_word_embeddings  # model.config says no, lest transformers ties them
     for layer in checkpoint.quantized_embeddings:
         values, scale = checkpoint.quantized_embedding(layer)
         expected = embedding.num_embeddings, embedding.embedding_dim
         _check_shape(checkpoint, layer, checkpoint.linear_shape(f"{layer}.weight"), expected)
         if f"{layer}.weight" != LM_HEAD:
             embedding.pack(values, scale, quantization.group_size)
-        elif not dense_config(checkpoint).tie_word_embeddings:
+        elif not tied:
             lm_head.pack(values, None, scale, quantization.group_size, float_activations=float_activations)
-    if dense_config(checkpoint).tie_word_embeddings:
+    if tied:
         model.set_output_embeddings(embedding.tied_linear(float_activations=float_activations))
 
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from benchmarks.training import SHAPES, measure
+from benchmarks.shapes import SHAPES
+from benchmarks.training import measure
 from cast_train.config import CastConfig
 
 
