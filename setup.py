@@ -29,7 +29,7 @@ FILE_FLAGS = {
     "avx512.cpp": [*AVX512, *AVX512_TUNING],
     "avx512bf16.cpp": [*AVX512, "-mavx512vbmi", "-mavx512bf16", *AVX512_TUNING],
     "avx512vnni.cpp": [*AVX512, "-mavx512vnni", "-mavx512vbmi", *AVX512_TUNING],
-    "paged_attention.cpp": ["-ffp-contract=fast"],  # written in the compiler's vectors, which have no fma of their own
+    **dict.fromkeys(("elementwise.cpp", "paged_attention.cpp"), ["-ffp-contract=fast"]),  # the compiler's vectors have no fma
 }
 X86 = os.uname().machine in ("x86_64", "amd64")
 

@@ -13,7 +13,7 @@ import torch
 from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, DefaultWeightOnlyQuantizer
 
 from conversion.errors import InputError
-from conversion.onnx.sparse_matmul import block_weights, lazy, replace_matmul
+from conversion.onnx.linear import block_weights, lazy, replace_matmul
 from conversion.panel import ROWS
 from conversion.quantization.formats import INT4, INT8, Quantization
 from conversion.quantization.quantize import quantize_dense

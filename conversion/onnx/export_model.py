@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ from conversion.families import LM_HEAD
 from conversion.fingerprint import source_fingerprint
 from conversion.onnx.dense_linear import use_dense_linear
 from conversion.onnx.dense_nbits import DenseQuantization, use_dense_nbits
+from conversion.onnx.fusion import fuse_steps
+from conversion.onnx.linear import weights_of
 from conversion.onnx.logits_rows import select_logits_rows
 from conversion.onnx.paged_attention import head_dim, use_paged_attention
 from conversion.onnx.quantized_embedding import use_quantized_embedding
@@ -91,24 +93,24 @@ def export(
         graph = stock_graph(model)
         use_paged_attention(graph, model.config)
         select_logits_rows(graph)
-        panels: Sequence[tuple[str, ...]] = []
         if dense is not None:
             use_dense_nbits(graph, dense)
         elif dtype in _QUANTIZED:
             assert isinstance(source, PackedCheckpoint)
-            panels = use_quantized_matmul(graph, source, float_activations=float_activations)
+            use_quantized_matmul(graph, source, float_activations=float_activations)
         elif sparse:
-            panels = use_sparse_matmul(graph, _VALUE_DTYPES[dtype])
+            use_sparse_matmul(graph, _VALUE_DTYPES[dtype])
         embeddings = _weight(model.get_input_embeddings()), _weight(model.get_output_embeddings())
         quantized = _quantized_embeddings(source, embeddings, embedding)
         if quantized is not None:
             use_quantized_embedding(graph, *quantized, float_activations=float_activations)
         elif sparse:
             use_dense_linear(graph, *embeddings)
+        fuse_steps(graph)
         RemoveUnusedNodesPass()(graph)
         _save(graph, building, show_progress)
         _copy_companions(source.directory, building)
-        manifest = _manifest(source, model, graph, dtype, panels)
+        manifest = _manifest(source, model, graph, dtype)
         (building / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
 
 
@@ -203,18 +205,18 @@ def _manifest(
     model: PreTrainedModel,
     graph: ir.Model,
     dtype: str,
-    panels: Sequence[tuple[str, ...]],
 ) -> dict[str, Any]:
     config = model.config
     nbytes = {tensor.name: tensor.nbytes for tensor in _weights(graph)}
     token_ids = _token_ids(source)
+    layers = [node for node in graph.graph if node.op_type.startswith("Sparse24MatMul")]
     return {
         "version": MANIFEST_VERSION,
-        "pattern": PATTERN if panels else "dense",
+        "pattern": PATTERN if layers else "dense",
         "value_dtype": dtype,
-        "sparse_layers": len(panels),
+        "sparse_layers": len(layers),
         "weight_bytes": sum(nbytes.values()),
-        "sparse_weight_bytes": sum(nbytes[name] for pair in panels for name in pair),
+        "sparse_weight_bytes": sum(nbytes[value.name] for node in layers for value in weights_of(node)),
         "num_layers": config.num_hidden_layers,
         "kv_num_heads": getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
         "head_dim": head_dim(config),

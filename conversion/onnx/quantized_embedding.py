@@ -56,7 +56,7 @@ def use_quantized_embedding(
     assert head is not None
     linear = ir.node(
         "DenseNBits",
-        [head.inputs[0], weight],
+        [head.inputs[0], weight, None, None, None],
         {**attributes, "N": lm_head[0].shape[0], "float_activations": int(float_activations)},
         domain=DOMAIN,
         name="/lm_head/DenseNBits",

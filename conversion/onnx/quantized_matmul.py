@@ -6,7 +6,7 @@ import onnx_ir as ir
 import torch
 
 from conversion.errors import InputError
-from conversion.onnx.sparse_matmul import block_weights, lazy, replace_matmul
+from conversion.onnx.linear import block_weights, lazy, replace_matmul
 from conversion.packed_checkpoint import PackedCheckpoint
 from conversion.panel import ROWS
 from conversion.quantization.formats import Quantization, dequantize
@@ -40,8 +40,8 @@ _SOURCES: dict[str, dict[str, tuple[str, ...]]] = {
 }
 
 
-def use_quantized_matmul(model: ir.Model, source: PackedCheckpoint, *, float_activations: bool) -> list[tuple[str]]:
-    """Replace the MatMul of every packed linear, in place; return the name of each one's initializer, of its panels.
+def use_quantized_matmul(model: ir.Model, source: PackedCheckpoint, *, float_activations: bool) -> None:
+    """Replace the MatMul of every packed linear, in place.
 
     Args:
         model: a graph whose in-scope weights [K, N] are those of `source`, dequantized.
@@ -50,17 +50,14 @@ def use_quantized_matmul(model: ir.Model, source: PackedCheckpoint, *, float_act
     """
     graph = model.graph
     layers = {_place(layer): layer for layer in source.sparse_layers}
-    names = []
     for node, weight in block_weights(graph):
         block, role = _split(str(weight.name))
         sources = [layers[block, part] for part in _SOURCES[source.config["model_type"]][role]]
         panels = _Panels(weight, source, sources)
         value = panels.initializer()
         graph.register_initializer(value)
-        names.append((str(value.name),))
         attributes = {**panels.attributes(), "float_activations": int(float_activations)}
         replace_matmul(graph, node, "Sparse24MatMulNBits", [value], attributes)
-    return names
 
 
 def _place(layer: str) -> tuple[int, str]:

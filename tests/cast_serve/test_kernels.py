@@ -41,7 +41,17 @@ def call(
     function.restype = None
     y = torch.full((x.shape[0], rows), torch.nan)
     sizes = [ctypes.c_int64(size) for size in (x.shape[0], rows, x.shape[1])]
-    function(pointer(x), *map(pointer, weights), pointer(bias), pointer(y), *sizes, run or ctypes.c_void_p(None), None)
+    fusion = [ctypes.c_void_p(None)] if name == "cast24_linear" else []
+    function(
+        pointer(x),
+        *map(pointer, weights),
+        pointer(bias),
+        *fusion,
+        pointer(y),
+        *sizes,
+        run or ctypes.c_void_p(None),
+        None,
+    )
     return y
 
 

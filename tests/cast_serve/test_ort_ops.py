@@ -174,6 +174,50 @@ def test_sparse24_matmul_nbits_is_the_kernel() -> None:
             assert np.array_equal(session.run(None, feeds)[0], expected.numpy())
 
 
+def fused(x: np.ndarray, weight: np.ndarray, norm: np.ndarray, epsilon: float, residual: np.ndarray) -> np.ndarray:
+    """silu(gate) * other + residual of a normed x, gate and other being 16 rows each in turn."""
+    normed = x / np.sqrt((x.astype(np.float64) ** 2).mean(-1, keepdims=True) + epsilon) * norm
+    sums = (normed @ weight.T).reshape(*x.shape[:-1], -1, 2, 16)
+    gate, other = sums[..., 0, :], sums[..., 1, :]
+    return (gate * np.exp(-np.logaddexp(0, -gate)) * other).reshape(*x.shape[:-1], -1) + residual
+
+
+@pytest.mark.parametrize("m", [1, 5, 70])
+@pytest.mark.parametrize("op", ["Sparse24MatMul", "Sparse24MatMulNBits", "DenseNBits"])
+def test_steps_around_a_product_are_done_in_it(isa: str, op: str, m: int) -> None:
+    rng = np.random.default_rng(m)
+    n, k, epsilon = 96, 72, 0.1
+    attributes: dict[str, Any] = {"N": n, "K": k}
+    weights: dict[str, np.ndarray | None]
+    if op == "Sparse24MatMul":
+        weight, values, columns = random_24(rng, n, k)
+        weights = dict(zip(("values", "indices"), panels(values, columns, bf16=False), strict=True))
+    elif op == "DenseNBits":
+        quantized_panels, weight = quantized(rng, n, k, 8, 32)
+        weights = {"panels": quantized_panels}
+        attributes |= {"bits": 8, "group_size": 32}
+    else:
+        stored, bitmask, scale, dense = quantized_layer(n, k, FORMATS[0], sparse=True)
+        packed, bits, group = prepack_quantized(stored, bitmask, scale, FORMATS[0].group_size)
+        weight, weights = dense.numpy(), {"panels": packed.numpy()}
+        attributes |= {"bits": bits, "group_size": group}
+    if op != "Sparse24MatMul":
+        attributes["float_activations"] = 1
+    x, norm = rng.standard_normal((1, m, k), np.float32), rng.standard_normal(k, np.float32)
+    residual = rng.standard_normal((1, m, n // 2), np.float32)
+    feeds = {"x": x, **weights, "": None, "norm": norm, "residual": residual}
+    given = {name: array for name, array in feeds.items() if array is not None}
+    session = op_session(op, feeds, **attributes, gated=1, epsilon=epsilon)
+    expected = fused(x, weight, norm, epsilon, residual)
+    np.testing.assert_allclose(session.run(None, given)[0], expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+
+    plain = op_session(op, {"x": x, **weights, "": None, " ": None, "residual": residual}, **attributes)
+    with pytest.raises(Exception, match=rf"residual has shape \[1, {m}, 48\], expected \[1, {m}, 96\]"):
+        plain.run(None, {name: array for name, array in given.items() if name != "norm"})
+    with pytest.raises(Exception, match="multiple of 32"):
+        op_session(op, feeds, **{**attributes, "N": 80}, gated=1)
+
+
 def test_wrong_shapes_are_named() -> None:
     x = np.zeros((1, 3, 40), np.float32)
     values, indices = np.zeros((1, 10, 2, 16), np.float32), np.zeros((1, 2, 16), np.uint32)

@@ -25,6 +25,9 @@ _LLAMA_LIKE = {
     "max_position_embeddings": 64,
 }
 
+# 56 is no multiple of a panel's 16 rows: then gate and up cannot be one operator.
+_WHOLE_PANELS = {**_LLAMA_LIKE, "intermediate_size": 64}
+
 CONFIGS: dict[str, PretrainedConfig] = {
     "llama": LlamaConfig(**_LLAMA_LIKE, tie_word_embeddings=True),
     "llama-untied-rope3": LlamaConfig(
@@ -38,9 +41,9 @@ CONFIGS: dict[str, PretrainedConfig] = {
             "original_max_position_embeddings": 32,
         },
     ),
-    "mistral": MistralConfig(**_LLAMA_LIKE, sliding_window=3),
+    "mistral": MistralConfig(**_WHOLE_PANELS, sliding_window=3),
     "qwen2": Qwen2Config(**_LLAMA_LIKE, tie_word_embeddings=True),
-    "qwen3": Qwen3Config(**_LLAMA_LIKE, head_dim=16),
+    "qwen3": Qwen3Config(**_WHOLE_PANELS, head_dim=16),
     "gpt2": GPT2Config(
         vocab_size=97, n_positions=64, n_embd=32, n_layer=2, n_head=4, n_inner=56, bos_token_id=1, eos_token_id=2
     ),

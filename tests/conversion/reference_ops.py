@@ -17,7 +17,9 @@ class Sparse24MatMul(OpRun):
 
     op_domain = "cast24"
 
-    def _run(self, x, values, indices, bias=None, **attributes):
+    def _run(self, x, values, indices, bias=None, norm=None, residual=None, gated=None, **attributes):
+        if not absent(norm):
+            x = layer_norm(x, norm, None, attributes["epsilon"], centred=False)
         rows, columns = self.N, self.K
         group = np.arange(columns // 4)
         words = indices[:, group // 8, :]  # [P, G, 16]
@@ -35,7 +37,12 @@ class Sparse24MatMul(OpRun):
             )
         assert not weight.reshape(-1, columns)[rows:].any(), "padding rows must be zero"
         y = x.astype(np.float64) @ weight.reshape(-1, columns)[:rows].T
-        return ((y if absent(bias) else y + bias).astype(np.float32),)
+        if not absent(bias):
+            y = y + bias
+        if gated:  # sixteen of the gate, sixteen that it opens
+            gate, other = np.moveaxis(y.reshape(*y.shape[:-1], -1, 2, 16), -2, 0)
+            y = (gate / (1 + np.exp(-gate)) * other).reshape(*y.shape[:-1], -1)
+        return ((y if absent(residual) else y + residual).astype(np.float32),)
 
 
 class DenseLinear(OpRun):

@@ -4,12 +4,12 @@
 #include <immintrin.h>
 
 #include "isa.h"
+#include "row_blocks.h"
 
 namespace cast24 {
 namespace {
 
 constexpr int64_t kBlockColumns = 2048;  // as in tile.h: x and weights of a block stay in the caches
-constexpr int64_t kPrefetch = 4096;
 constexpr int kRows = 8;
 
 // Where the inputs of group `group` of a word are among the word's 32: column of slot 0 in the low half of each lane, of
@@ -52,10 +52,10 @@ void accumulate(const uint16_t* x, int64_t stride, const uint16_t* values, const
       add_word<Rows, kSums>(x + word * 32, stride, w, words, last, sums);
       break;
     }
-    const char* ahead = reinterpret_cast<const char*>(w) + kPrefetch;
+    const char* ahead = reinterpret_cast<const char*>(w) + kPrefetchBytes<Rows>;
 #pragma GCC unroll 8
     for (int line = 0; line < 8; ++line) __builtin_prefetch(ahead + 64 * line, 0, 2);
-    __builtin_prefetch(indices + (word + kPrefetch / 512) * kPanelRows, 0, 2);
+    __builtin_prefetch(indices + (word + kPrefetchBytes<Rows> / 512) * kPanelRows, 0, 2);
     add_word<Rows, kSums>(x + word * 32, stride, w, words, 8, sums);
   }
   for (int m = 0; m < Rows; ++m) {
@@ -65,17 +65,19 @@ void accumulate(const uint16_t* x, int64_t stride, const uint16_t* values, const
   }
 }
 
-template <int Rows>
-inline void accumulate_rows(const uint16_t* x, int64_t rows, int64_t stride, const uint16_t* values,
-                            const uint32_t* indices, int64_t begin, int64_t end, int last, float* tile) {
-  int64_t m = 0;
-  for (; m + Rows <= rows; m += Rows)
-    accumulate<Rows>(x + m * stride, stride, values, indices, begin, end, last, tile + m * kTileWidth);
-  if constexpr (Rows > 1) {
-    if (m < rows)
-      accumulate_rows<Rows / 2>(x + m * stride, rows - m, stride, values, indices, begin, end, last, tile + m * kTileWidth);
+struct AccumulateRows {
+  const uint16_t* x;
+  int64_t stride;
+  const uint16_t* values;
+  const uint32_t* indices;
+  int64_t begin, end;
+  int last;
+  float* tile;
+  template <int Rows>
+  void rows(int64_t first) const {
+    accumulate<Rows>(x + first * stride, stride, values, indices, begin, end, last, tile + first * kTileWidth);
   }
-}
+};
 
 void tile_pairs(const uint16_t* x, int64_t rows, int64_t K, const uint16_t* values, const uint32_t* indices, int panels,
                 float* tile) {
@@ -84,8 +86,8 @@ void tile_pairs(const uint16_t* x, int64_t rows, int64_t K, const uint16_t* valu
     const int64_t end = begin + kBlockColumns / 32 < words ? begin + kBlockColumns / 32 : words;
     const int last = end == words ? static_cast<int>(groups - 8 * (words - 1)) : 8;
     for (int p = 0; p < panels; ++p)
-      accumulate_rows<kRows>(x, rows, stride, values + p * groups * 2 * kPanelRows, indices + p * words * kPanelRows, begin,
-                             end, last, tile + p * kPanelRows);
+      for_row_blocks<kRows>(rows, AccumulateRows{x, stride, values + p * groups * 2 * kPanelRows,
+                                                 indices + p * words * kPanelRows, begin, end, last, tile + p * kPanelRows});
   }
 }
 

@@ -30,11 +30,26 @@ typedef void (*cast24_task)(void* arg, int64_t begin, int64_t end);
  * `pool` is the caller's own, passed through. Where a parameter of this type is NULL, everything runs on the caller. */
 typedef void (*cast24_parallel_for)(void* pool, cast24_task task, void* arg, int64_t n);
 
+/* What is done around a product, so that it takes no pass of its own. Where a pointer to one is NULL: nothing.
+ *   norm      f32 [K] or NULL: before, each row of x is divided by the root of its mean square plus epsilon, and multiplied
+ *             by this
+ *   gated     not 0: the weight's rows are 16 of a gate and 16 that it opens, in turn (N a multiple of 32), and
+ *             y [M, N / 2] = silu(gate) * other
+ *   residual  f32 of y's shape, or NULL: added to y */
+typedef struct {
+  const float* norm;
+  float epsilon;
+  int gated;
+  const float* residual;
+} cast24_fusion;
+
 /* y = x W^T + bias with W [N, K] 2:4 in panel layout. */
-CAST24_API void cast24_linear_f32(const float* x, const float* values, const uint32_t* indices, const float* bias, float* y,
-                                  int64_t M, int64_t N, int64_t K, cast24_parallel_for run, void* pool);
+CAST24_API void cast24_linear_f32(const float* x, const float* values, const uint32_t* indices, const float* bias,
+                                  const cast24_fusion* fusion, float* y, int64_t M, int64_t N, int64_t K,
+                                  cast24_parallel_for run, void* pool);
 CAST24_API void cast24_linear_bf16(const float* x, const uint16_t* values, const uint32_t* indices, const float* bias,
-                                   float* y, int64_t M, int64_t N, int64_t K, cast24_parallel_for run, void* pool);
+                                   const cast24_fusion* fusion, float* y, int64_t M, int64_t N, int64_t K,
+                                   cast24_parallel_for run, void* pool);
 
 /* y = x W^T + bias with W [N, K] dense and row-major, any K. */
 CAST24_API void cast24_dense_linear_f32(const float* x, const float* weight, const float* bias, float* y, int64_t M,
@@ -76,9 +91,9 @@ CAST24_API int64_t cast24_prepack_quantized(const uint8_t* values, const uint8_t
 
 /* y = x W^T + bias. x is rounded to 8 bits with a scale for each row and group, and products are summed exactly; or, with
  * float_activations, x is used as it is, which is slower. */
-CAST24_API void cast24_linear_quantized(const float* x, const uint8_t* panels, const float* bias, float* y, int64_t M,
-                                        int64_t N, int64_t K, int bits, int sparse, int64_t group, int float_activations,
-                                        cast24_parallel_for run, void* pool);
+CAST24_API void cast24_linear_quantized(const float* x, const uint8_t* panels, const float* bias,
+                                        const cast24_fusion* fusion, float* y, int64_t M, int64_t N, int64_t K, int bits,
+                                        int sparse, int64_t group, int float_activations, cast24_parallel_for run, void* pool);
 
 /* Rows `rows` of a dense quantized weight as float32: out [count, K]. */
 CAST24_API void cast24_quantized_rows(const int64_t* rows, int64_t count, const uint8_t* panels, int64_t K, int bits,

@@ -7,8 +7,8 @@
 #include <type_traits>
 
 #include "cast24.h"
+#include "fusion.h"
 #include "isa.h"
-#include "output_tile.h"
 #include "panel.h"
 #include "parallel.h"
 
@@ -46,28 +46,29 @@ Rows rows_of(const Isa& isa, const float* x, int64_t M, int64_t K, cast24_parall
 
 // y[row : row + rows, first : ] from `panels` adjacent panels.
 template <class T>
-void linear_tile(const Isa& isa, const Rows& x, const T* values, const uint32_t* indices, int panels, const float* bias,
-                 float* y, int64_t row, int64_t rows, int64_t first, int64_t N) {
-  with_tile(bias, y, row, rows, first, panels * kPanelRows, N,
-            [&](float* tile) { x.multiply(isa, row, rows, values, indices, panels, tile); });
+void linear_tile(const Isa& isa, const Rows& x, const T* values, const uint32_t* indices, int panels, const Output& output,
+                 int64_t row, int64_t rows, int64_t first) {
+  output.with_tile(row, rows, first, panels * kPanelRows,
+                   [&](float* tile) { x.multiply(isa, row, rows, values, indices, panels, tile); });
 }
 
 template <class T>
-void linear(const float* x, const T* values, const uint32_t* indices, const float* bias, float* y, int64_t M, int64_t N,
-            int64_t K, cast24_parallel_for run, void* pool) {
+void linear(const float* x, const T* values, const uint32_t* indices, const Output& output, int64_t M, int64_t K,
+            cast24_parallel_for run, void* pool) {
   const Isa& isa = cast24::isa();
-  const int64_t panels = (N + kPanelRows - 1) / kPanelRows;
+  const int64_t N = output.N, panels = (N + kPanelRows - 1) / kPanelRows;
   const int64_t panel_values = K / 2 * kPanelRows, panel_indices = (K / 4 + 7) / 8 * kPanelRows;
   // With few rows of x a panel is read straight through, with many several panels share x from the caches.
-  const int64_t tile_panels = M > kTileRows ? kTilePanels : 1;
-  const Rows inputs = rows_of<T>(isa, x, M, K, run, pool);
+  const int64_t tile_panels = M > kTileRows ? kTilePanels : output.panels();
+  const Inputs normed(x, output.fusion, M, K, run, pool);
+  const Rows inputs = rows_of<T>(isa, normed.data(), M, K, run, pool);
   const int64_t tiles = (panels + tile_panels - 1) / tile_panels, chunks = (M + kTileRows - 1) / kTileRows;
   parallel_for(run, pool, tiles * chunks, M * N * (K / 2), [&](int64_t begin, int64_t end) {
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t panel = unit / chunks * tile_panels, row = unit % chunks * kTileRows;
       linear_tile(isa, inputs, values + panel * panel_values, indices + panel * panel_indices,
-                  static_cast<int>(std::min(panels - panel, tile_panels)), bias, y, row, std::min(M - row, kTileRows),
-                  panel * kPanelRows, N);
+                  static_cast<int>(std::min(panels - panel, tile_panels)), output, row, std::min(M - row, kTileRows),
+                  panel * kPanelRows);
     }
   });
 }
@@ -79,6 +80,7 @@ int64_t linear_bitmask(const float* x, const T* values, const uint8_t* bitmask, 
   const int64_t panels = (N + kPanelRows - 1) / kPanelRows;
   std::atomic<int64_t> first_bad{INT64_MAX};
   const Rows inputs = rows_of<T>(isa, x, M, K, run, pool);
+  const Output output = {y, bias, nullptr, N};
   parallel_for(run, pool, panels, M * N * (K / 2), [&](int64_t begin, int64_t end) {
     const std::unique_ptr<T[]> panel_values(new T[K / 2 * kPanelRows]);
     const std::unique_ptr<uint32_t[]> panel_indices(new uint32_t[(K / 4 + 7) / 8 * kPanelRows]);
@@ -92,8 +94,8 @@ int64_t linear_bitmask(const float* x, const T* values, const uint8_t* bitmask, 
         return;
       }
       for (int64_t row = 0; row < M; row += kTileRows)
-        linear_tile(isa, inputs, panel_values.get(), panel_indices.get(), 1, bias, y, row, std::min(M - row, kTileRows),
-                    first, N);
+        linear_tile(isa, inputs, panel_values.get(), panel_indices.get(), 1, output, row, std::min(M - row, kTileRows),
+                    first);
     }
   });
   return first_bad == INT64_MAX ? -1 : first_bad.load();
@@ -102,14 +104,16 @@ int64_t linear_bitmask(const float* x, const T* values, const uint8_t* bitmask, 
 }  // namespace
 }  // namespace cast24
 
-void cast24_linear_f32(const float* x, const float* values, const uint32_t* indices, const float* bias, float* y,
-                       int64_t M, int64_t N, int64_t K, cast24_parallel_for run, void* pool) {
-  cast24::linear(x, values, indices, bias, y, M, N, K, run, pool);
+void cast24_linear_f32(const float* x, const float* values, const uint32_t* indices, const float* bias,
+                       const cast24_fusion* fusion, float* y, int64_t M, int64_t N, int64_t K, cast24_parallel_for run,
+                       void* pool) {
+  cast24::linear(x, values, indices, {y, bias, fusion, N}, M, K, run, pool);
 }
 
-void cast24_linear_bf16(const float* x, const uint16_t* values, const uint32_t* indices, const float* bias, float* y,
-                        int64_t M, int64_t N, int64_t K, cast24_parallel_for run, void* pool) {
-  cast24::linear(x, values, indices, bias, y, M, N, K, run, pool);
+void cast24_linear_bf16(const float* x, const uint16_t* values, const uint32_t* indices, const float* bias,
+                       const cast24_fusion* fusion, float* y, int64_t M, int64_t N, int64_t K, cast24_parallel_for run,
+                       void* pool) {
+  cast24::linear(x, values, indices, {y, bias, fusion, N}, M, K, run, pool);
 }
 
 int64_t cast24_linear_bitmask_f32(const float* x, const float* values, const uint8_t* bitmask, const float* bias,

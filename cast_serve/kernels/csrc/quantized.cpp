@@ -7,9 +7,9 @@
 #include <memory>
 
 #include "cast24.h"
+#include "fusion.h"
 #include "huge_pages.h"
 #include "isa.h"
-#include "output_tile.h"
 #include "panel.h"
 #include "parallel.h"
 
@@ -106,10 +106,11 @@ int64_t pack_quantized_panel(const QuantizedLayout& layout, const uint8_t* value
   return bad;
 }
 
-void linear_rounded(const QuantizedLayout& layout, const float* x, const uint8_t* panels, const float* bias, float* y,
-                    int64_t M, int64_t N, cast24_parallel_for run, void* pool) {
+// y from x rounded to 8 bits.
+void linear_rounded(const QuantizedLayout& layout, const float* x, const uint8_t* panels, const Output& output, int64_t M,
+                    cast24_parallel_for run, void* pool) {
   const QuantizedKernels& kernels = *isa().quantized;
-  const int64_t chunks = (M + kTileRows - 1) / kTileRows;
+  const int64_t N = output.N, chunks = (M + kTileRows - 1) / kTileRows;
   const std::unique_ptr<CacheLine[]> q(new CacheLine[M * layout.x_stride / kLine]);
   const std::unique_ptr<float[]> scale(new float[M * layout.groups]);
   const QuantizedRows rounded = {q[0].bytes, scale.get()};
@@ -117,41 +118,57 @@ void linear_rounded(const QuantizedLayout& layout, const float* x, const uint8_t
   parallel_for(run, pool, M, M * layout.K / 4, [&](int64_t begin, int64_t end) {
     kernels.quantize_rows(x, begin, end - begin, layout, rounded);
   });
-  const int64_t count = (N + kPanelRows - 1) / kPanelRows;
+  const int64_t together = output.panels(), count = ((N + kPanelRows - 1) / kPanelRows + together - 1) / together;
   parallel_for(run, pool, count * chunks, M * N * layout.K / 2, [&](int64_t begin, int64_t end) {
     // A few panels and the rows of one chunk stay in the second-level cache together.
     for (int64_t unit = begin; unit < end; ++unit) {
-      const int64_t first = unit / (kBlockPanels * chunks) * kBlockPanels, panels_here = std::min(count - first, kBlockPanels);
-      const int64_t in_block = unit - first * chunks, panel = first + in_block % panels_here;
-      const int64_t row = in_block / panels_here * kTileRows, rows = std::min(M - row, kTileRows);
-      with_tile(bias, y, row, rows, panel * kPanelRows, kPanelRows, N, [&](float* tile) {
-        kernels.tile(rounded, row, rows, layout, panels + panel * layout.panel_bytes, tile);
+      const int64_t first = unit / (kBlockPanels * chunks) * kBlockPanels, units_here = std::min(count - first, kBlockPanels);
+      const int64_t in_block = unit - first * chunks, panel = (first + in_block % units_here) * together;
+      const int64_t row = in_block / units_here * kTileRows, rows = std::min(M - row, kTileRows);
+      output.with_tile(row, rows, panel * kPanelRows, together * kPanelRows, [&](float* tile) {
+        for (int64_t p = 0; p < together; ++p)
+          kernels.tile(rounded, row, rows, layout, panels + (panel + p) * layout.panel_bytes, tile + p * kPanelRows);
       });
     }
   });
 }
 
-// 2:4: the panel becomes one of floats in a thread's scratch, and the float kernel multiplies by that.
-void linear_float_sparse(const QuantizedLayout& layout, const float* x, const uint8_t* panels, const float* bias, float* y,
-                         int64_t M, int64_t N, cast24_parallel_for run, void* pool) {
+// A 2:4 panel as the float kernel takes it.
+struct FloatPanel {
+  std::unique_ptr<float[]> values;
+  std::unique_ptr<uint32_t[]> indices;
+
+  explicit FloatPanel(const QuantizedLayout& layout)
+      : values(new float[layout.words * kWordColumns / 2 * kPanelRows]), indices(new uint32_t[layout.words * kPanelRows]) {}
+
+  void fill(const QuantizedLayout& layout, const uint8_t* panel) {
+    for_words(layout, panel, [&](int64_t, const uint8_t* header, int64_t word, const uint8_t* at) {
+      const float* scale = reinterpret_cast<const float*>(header);
+      memcpy(indices.get() + word * kPanelRows, at, 64);
+      float* out = values.get() + word * kWordColumns / 2 * kPanelRows;
+      for (int block = 0; block < 4; ++block)
+        for (int four = 0; four < 4; ++four, out += kPanelRows)  // a block is two groups of two slots
+          for (int row = 0; row < kPanelRows; ++row) out[row] = weight_at(layout, at + 64, block, row, four) * scale[row];
+    });
+  }
+};
+
+// y from x as it is. Panels are made floats in a thread's scratch.
+void linear_float_sparse(const QuantizedLayout& layout, const float* x, const uint8_t* panels, const Output& output, int64_t M,
+                         cast24_parallel_for run, void* pool) {
   const Isa& isa = cast24::isa();
-  const int64_t count = (N + kPanelRows - 1) / kPanelRows;
+  const int64_t N = output.N, together = output.panels();
+  const int64_t count = ((N + kPanelRows - 1) / kPanelRows + together - 1) / together;
   parallel_for(run, pool, count, M * N * layout.K / 2, [&](int64_t begin, int64_t end) {
-    const std::unique_ptr<float[]> values(new float[layout.words * kWordColumns / 2 * kPanelRows]);
-    const std::unique_ptr<uint32_t[]> indices(new uint32_t[layout.words * kPanelRows]);
-    for (int64_t panel = begin; panel < end; ++panel) {
-      for_words(layout, panels + panel * layout.panel_bytes, [&](int64_t, const uint8_t* header, int64_t word, const uint8_t* at) {
-        const float* scale = reinterpret_cast<const float*>(header);
-        memcpy(indices.get() + word * kPanelRows, at, 64);
-        float* out = values.get() + word * kWordColumns / 2 * kPanelRows;
-        for (int block = 0; block < 4; ++block)
-          for (int four = 0; four < 4; ++four, out += kPanelRows)  // a block is two groups of two slots
-            for (int row = 0; row < kPanelRows; ++row) out[row] = weight_at(layout, at + 64, block, row, four) * scale[row];
-      });
+    FloatPanel scratch[2] = {FloatPanel(layout), FloatPanel(layout)};
+    for (int64_t panel = begin * together; panel < end * together; panel += together) {
+      for (int64_t p = 0; p < together; ++p) scratch[p].fill(layout, panels + (panel + p) * layout.panel_bytes);
       for (int64_t row = 0; row < M; row += kTileRows) {
         const int64_t rows = std::min(M - row, kTileRows);
-        with_tile(bias, y, row, rows, panel * kPanelRows, kPanelRows, N, [&](float* tile) {
-          isa.tile_f32(x + row * layout.K, rows, layout.K, values.get(), indices.get(), 1, tile);
+        output.with_tile(row, rows, panel * kPanelRows, together * kPanelRows, [&](float* tile) {
+          for (int64_t p = 0; p < together; ++p)
+            isa.tile_f32(x + row * layout.K, rows, layout.K, scratch[p].values.get(), scratch[p].indices.get(), 1,
+                         tile + p * kPanelRows);
         });
       }
     }
@@ -169,19 +186,28 @@ void read_row(const QuantizedLayout& layout, const uint8_t* panel, int row, floa
   });
 }
 
-void linear_float_dense(const QuantizedLayout& layout, const float* x, const uint8_t* panels, const float* bias, float* y,
-                        int64_t M, int64_t N, cast24_parallel_for run, void* pool) {
+void linear_float_dense(const QuantizedLayout& layout, const float* x, const uint8_t* panels, const Output& output, int64_t M,
+                        cast24_parallel_for run, void* pool) {
   const Isa& isa = cast24::isa();
-  const int64_t count = (N + kPanelRows - 1) / kPanelRows;
-  parallel_for(run, pool, count, M * N * layout.K, [&](int64_t begin, int64_t end) {
-    const std::unique_ptr<float[]> weight(new float[kPanelRows * layout.K]);
-    for (int64_t panel = begin; panel < end; ++panel) {
-      const int64_t first = panel * kPanelRows, outputs = std::min<int64_t>(N - first, kPanelRows);
-      for (int row = 0; row < outputs; ++row)
-        read_row(layout, panels + panel * layout.panel_bytes, row, weight.get() + row * layout.K);
-      for (int64_t n = 0; n < outputs; n += kDenseRows)
-        isa.dense_f32(x, M, layout.K, weight.get() + n * layout.K, bias ? bias + first + n : nullptr,
-                      static_cast<int>(std::min<int64_t>(outputs - n, kDenseRows)), y + first + n, N);
+  const int64_t N = output.N, together = output.panels(), most = together * kPanelRows;
+  parallel_for(run, pool, (N + most - 1) / most, M * N * layout.K, [&](int64_t begin, int64_t end) {
+    const std::unique_ptr<float[]> weight(new float[most * layout.K]);
+    alignas(64) float products[kTileRows * kTileWidth];
+    for (int64_t unit = begin; unit < end; ++unit) {
+      const int64_t first = unit * most, outputs = std::min(N - first, most);
+      for (int64_t n = 0; n < outputs; ++n)
+        read_row(layout, panels + (first + n) / kPanelRows * layout.panel_bytes, static_cast<int>((first + n) % kPanelRows),
+                 weight.get() + n * layout.K);
+      for (int64_t row = 0; row < M; row += kTileRows) {
+        const int64_t rows = std::min(M - row, kTileRows);
+        output.with_tile(row, rows, first, most, [&](float* tile) {
+          for (int64_t n = 0; n < outputs; n += kDenseRows)
+            isa.dense_f32(x + row * layout.K, rows, layout.K, weight.get() + n * layout.K, nullptr,
+                          static_cast<int>(std::min<int64_t>(outputs - n, kDenseRows)), products + n, kTileWidth);
+          for (int64_t m = 0; m < rows; ++m)
+            for (int64_t n = 0; n < outputs; ++n) tile[m * kTileWidth + n] += products[m * kTileWidth + n];
+        });
+      }
     }
   });
 }
@@ -205,13 +231,15 @@ int64_t cast24_prepack_quantized(const uint8_t* values, const uint8_t* bitmask, 
   return -1;
 }
 
-void cast24_linear_quantized(const float* x, const uint8_t* panels, const float* bias, float* y, int64_t M, int64_t N,
-                             int64_t K, int bits, int sparse, int64_t group, int float_activations,
+void cast24_linear_quantized(const float* x, const uint8_t* panels, const float* bias, const cast24_fusion* fusion, float* y,
+                             int64_t M, int64_t N, int64_t K, int bits, int sparse, int64_t group, int float_activations,
                              cast24_parallel_for run, void* pool) {
   const cast24::QuantizedLayout layout = cast24::quantized_layout(bits, sparse != 0, K, group);
-  if (!float_activations) return cast24::linear_rounded(layout, x, panels, bias, y, M, N, run, pool);
-  if (sparse) return cast24::linear_float_sparse(layout, x, panels, bias, y, M, N, run, pool);
-  cast24::linear_float_dense(layout, x, panels, bias, y, M, N, run, pool);
+  const cast24::Output output = {y, bias, fusion, N};
+  const cast24::Inputs inputs(x, fusion, M, K, run, pool);
+  if (!float_activations) return cast24::linear_rounded(layout, inputs.data(), panels, output, M, run, pool);
+  if (sparse) return cast24::linear_float_sparse(layout, inputs.data(), panels, output, M, run, pool);
+  cast24::linear_float_dense(layout, inputs.data(), panels, output, M, run, pool);
 }
 
 void cast24_quantized_rows(const int64_t* rows, int64_t count, const uint8_t* panels, int64_t K, int bits, int64_t group,

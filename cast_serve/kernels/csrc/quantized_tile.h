@@ -22,19 +22,19 @@
 
 #include "isa.h"
 #include "quantized.h"
+#include "row_blocks.h"
 
 namespace cast24 {
 namespace {
 
-constexpr int64_t kQuantizedPrefetch = 4096;
 constexpr int64_t kQuantizedBlock = 1024;  // columns that several rows of x share: 10 KB of a panel at most
 
-// Asks for the `Bytes` bytes that lie kQuantizedPrefetch behind `panel`. Every byte must be asked for once, headers too: one
+// Asks for the `Bytes` bytes that lie kPrefetchBytes behind `panel`. Every byte must be asked for once, headers too: one
 // line that is waited for costs as much as several words.
-template <int64_t Bytes>
+template <int Rows, int64_t Bytes>
 inline __attribute__((always_inline)) void prefetch(const uint8_t* panel) {
 #pragma GCC unroll 9
-  for (int64_t line = 0; line < Bytes; line += 64) __builtin_prefetch(panel + kQuantizedPrefetch + line, 0, 2);
+  for (int64_t line = 0; line < Bytes; line += 64) __builtin_prefetch(panel + kPrefetchBytes<Rows> + line, 0, 2);
 }
 
 template <class Q, int Bits, bool Sparse, int Rows>
@@ -66,11 +66,11 @@ struct QuantizedTile {
     const int64_t group_words = layout.group / kWordColumns;
     int64_t word = begin * group_words;
     for (int64_t g = begin; g < end; ++g) {
-      prefetch<kGroupHeader>(panel);
+      prefetch<Rows, kGroupHeader>(panel);
       panel += kGroupHeader;
       const int64_t next = word + group_words < layout.words ? word + group_words : layout.words;
       for (; word < next; ++word, ++out, panel += kWordBytes) {
-        prefetch<kWordBytes>(panel);
+        prefetch<Rows, kWordBytes>(panel);
         for (int v = 0; v < kVecs; ++v)
 #pragma GCC unroll 8
           for (int b = 0; b < kBlocks; ++b) {
@@ -96,7 +96,7 @@ struct QuantizedTile {
     for (int64_t g = begin; g < end; ++g) {
       const float* scale = reinterpret_cast<const float*>(panel);
       const int16_t* sum = reinterpret_cast<const int16_t*>(panel + kGroupSums);
-      if constexpr (!Apart) prefetch<kGroupHeader>(panel);
+      if constexpr (!Apart) prefetch<Rows, kGroupHeader>(panel);
       panel += kGroupHeader;
       Sums dots[Rows][kVecs][kSums];
       for (int v = 0; v < kVecs; ++v) {
@@ -106,7 +106,7 @@ struct QuantizedTile {
       }
       const int64_t next = word + group_words < layout.words ? word + group_words : layout.words;
       for (; word < next; ++word, ++apart, panel += kWordBytes, q += kWordColumns) {
-        if constexpr (!Apart) prefetch<kWordBytes>(panel);
+        if constexpr (!Apart) prefetch<Rows, kWordBytes>(panel);
         const uint8_t* values = panel + (Sparse ? 64 : 0);
         for (int v = 0; v < kVecs; ++v) {
           if constexpr (Sparse) {
@@ -144,26 +144,34 @@ struct QuantizedTile {
   }
 };
 
-template <class Q, int Bits, bool Sparse, int Rows>
-inline void quantized_rows(const QuantizedRows& x, int64_t first, int64_t rows, const QuantizedLayout& layout, int64_t begin,
-                           int64_t end, const uint8_t* panel, float* tile) {
-  using Tile = QuantizedTile<Q, Bits, Sparse, Rows>;
-  int64_t m = 0;
-  if constexpr (Sparse && Rows == Q::kTileRows) {
-    if (rows >= 2 * Rows) {
-      typename Tile::Word apart[kQuantizedBlock / kWordColumns];
-      Tile::take_apart(layout, begin, end, panel, apart);
-      for (; m + Rows <= rows; m += Rows)
-        Tile::template accumulate<true>(x, first + m, layout, begin, end, panel, apart, tile + m * kTileWidth);
-    }
+// tile += x W^T over groups begin <= g < end of a panel, for some rows of x.
+template <class Q, int Bits, bool Sparse>
+struct QuantizedRowBlocks {
+  const QuantizedRows& x;
+  int64_t row;
+  const QuantizedLayout& layout;
+  int64_t begin, end;
+  const uint8_t* panel;
+  float* tile;
+
+  template <int Rows>
+  void rows(int64_t first) const {
+    QuantizedTile<Q, Bits, Sparse, Rows>::template accumulate<false>(x, row + first, layout, begin, end, panel, nullptr,
+                                                                     tile + first * kTileWidth);
   }
-  for (; m + Rows <= rows; m += Rows)
-    Tile::template accumulate<false>(x, first + m, layout, begin, end, panel, nullptr, tile + m * kTileWidth);
-  if constexpr (Rows > 1) {
-    if (m < rows)
-      quantized_rows<Q, Bits, Sparse, Rows / 2>(x, first + m, rows - m, layout, begin, end, panel, tile + m * kTileWidth);
+
+  void run(int64_t rows) const {
+    constexpr int kMost = Q::kTileRows;
+    if (!Sparse || rows < 2 * kMost) return for_row_blocks<kMost>(rows, *this);
+    using Tile = QuantizedTile<Q, Bits, Sparse, kMost>;
+    typename Tile::Word apart[kQuantizedBlock / kWordColumns];
+    Tile::take_apart(layout, begin, end, panel, apart);
+    int64_t m = 0;
+    for (; m + kMost <= rows; m += kMost)
+      Tile::template accumulate<true>(x, row + m, layout, begin, end, panel, apart, tile + m * kTileWidth);
+    QuantizedRowBlocks{x, row + m, layout, begin, end, panel, tile + m * kTileWidth}.run(rows - m);
   }
-}
+};
 
 // Blocks of groups outside, blocks of rows inside: the weights of a block come to the first-level cache once.
 template <class Q, int Bits, bool Sparse>
@@ -173,7 +181,7 @@ void quantized_blocks(const QuantizedRows& x, int64_t first, int64_t rows, const
   const int64_t group_bytes = kGroupHeader + layout.group / kWordColumns * layout.word_bytes;
   for (int64_t begin = 0; begin < layout.groups; begin += block) {
     const int64_t end = begin + block < layout.groups ? begin + block : layout.groups;
-    quantized_rows<Q, Bits, Sparse, Q::kTileRows>(x, first, rows, layout, begin, end, panel + begin * group_bytes, tile);
+    QuantizedRowBlocks<Q, Bits, Sparse>{x, first, layout, begin, end, panel + begin * group_bytes, tile}.run(rows);
   }
 }
 

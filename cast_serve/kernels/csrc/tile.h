@@ -21,6 +21,7 @@
 #include <stdint.h>
 
 #include "isa.h"
+#include "row_blocks.h"
 
 namespace cast24 {
 namespace {
@@ -28,7 +29,6 @@ namespace {
 // Sums run over blocks of this many columns: an x block of a few rows and a weight block stay in the second-level cache.
 constexpr int64_t kBlockColumns = 2048;
 constexpr int64_t kBlockGroups = kBlockColumns / 4;
-constexpr int64_t kPrefetchBytes = 4096;
 
 // One group's kept values, slot 0 and slot 1, for W rows of a panel starting at `lane`.
 template <class S>
@@ -45,11 +45,9 @@ inline void load_slots(const uint16_t* values, int64_t group, int lane, typename
 }
 
 // Asks for one half of the values of groups g .. g + 7, and their index words, kPrefetchBytes of values ahead of their use.
-// Into the second-level cache: a panel is one stream that the hardware prefetcher follows too slowly and loses at every
-// page; into the first level, lines would drive out x.
-template <class T>
+template <int Rows, class T>
 inline void prefetch(const T* values, const uint32_t* indices, int64_t g, int half) {
-  constexpr int64_t kGroupValues = 2 * kPanelRows, kAhead = kPrefetchBytes / (kGroupValues * sizeof(T));
+  constexpr int64_t kGroupValues = 2 * kPanelRows, kAhead = kPrefetchBytes<Rows> / (kGroupValues * sizeof(T));
   constexpr int kLines = 8 * kGroupValues * sizeof(T) / 64;
   const char* ahead = reinterpret_cast<const char*>(values + (g + kAhead) * kGroupValues);
   for (int line = half * kLines / 2; line < (half + 1) * kLines / 2; ++line) __builtin_prefetch(ahead + 64 * line, 0, 2);
@@ -106,7 +104,7 @@ struct Tile {
           columns[1][v] = S::fields(words, 4 * odd + 2);
         }
         if (g + 8 <= end) {
-          prefetch(values, indices, g, odd);
+          prefetch<Rows>(values, indices, g, odd);
 #pragma GCC unroll 4
           for (int field = 0; field < 4; ++field) {
             const int j = 2 * field + odd;
@@ -129,15 +127,6 @@ struct Tile {
   }
 };
 
-// Calls f.template operator()<rows>() for a run-time 1 <= rows <= Max.
-template <int Max, class F>
-inline void with_rows(int rows, F&& f) {
-  if constexpr (Max > 1) {
-    if (rows < Max) return with_rows<Max - 1>(rows, f);
-  }
-  f.template operator()<Max>();
-}
-
 template <class S, class T>
 struct AccumulateRows {
   const float* x;
@@ -147,8 +136,8 @@ struct AccumulateRows {
   int64_t begin, end;
   float* tile;
   template <int Rows>
-  void operator()() const {
-    Tile<S, T, Rows>::accumulate(x, K, values, indices, begin, end, tile);
+  void rows(int64_t first) const {
+    Tile<S, T, Rows>::accumulate(x + first * K, K, values, indices, begin, end, tile + first * kTileWidth);
   }
 };
 
@@ -157,17 +146,12 @@ struct AccumulateRows {
 template <class S, class T>
 void tile(const float* x, int64_t rows, int64_t K, const T* values, const uint32_t* indices, int panels, float* tile) {
   const int64_t groups = K / 4, words = (groups + 7) / 8;
-  const int64_t row_blocks = (rows + S::kTileRows - 1) / S::kTileRows;
   for (int64_t begin = 0; begin < groups; begin += kBlockGroups) {
     const int64_t end = begin + kBlockGroups < groups ? begin + kBlockGroups : groups;
     for (int p = 0; p < panels; ++p)
-      for (int64_t b = 0; b < row_blocks; ++b) {
-        const int64_t row = b * rows / row_blocks, row_end = (b + 1) * rows / row_blocks;
-        with_rows<S::kTileRows>(static_cast<int>(row_end - row),
-                                AccumulateRows<S, T>{x + row * K, K, values + p * groups * 2 * kPanelRows,
-                                                     indices + p * words * kPanelRows, begin, end,
-                                                     tile + row * kTileWidth + p * kPanelRows});
-      }
+      for_row_blocks<S::kTileRows>(rows, AccumulateRows<S, T>{x, K, values + p * groups * 2 * kPanelRows,
+                                                             indices + p * words * kPanelRows, begin, end,
+                                                             tile + p * kPanelRows});
   }
 }
 
@@ -198,8 +182,9 @@ struct DenseRows {
   float* y;
   int64_t N;
   template <int Rows>
-  void operator()() const {
+  void rows(int64_t first) const {
     using Vec = typename S::Vec;
+    const float* from = x + first * K;
     Vec sum[Rows][Outputs];
     for (int m = 0; m < Rows; ++m)
       for (int n = 0; n < Outputs; ++n) sum[m][n] = S::zero();
@@ -211,7 +196,7 @@ struct DenseRows {
         __builtin_prefetch(weight + (n + kDenseRows) * K + k, 0, 2);  // the next call's rows
       }
       for (int m = 0; m < Rows; ++m) {
-        const Vec a = S::load(x + m * K + k);
+        const Vec a = S::load(from + m * K + k);
         for (int n = 0; n < Outputs; ++n) sum[m][n] = S::fma(a, w[n], sum[m][n]);
       }
     }
@@ -219,27 +204,19 @@ struct DenseRows {
       const int rest = static_cast<int>(K - k);
       for (int m = 0; m < Rows; ++m)
         for (int n = 0; n < Outputs; ++n)
-          sum[m][n] = S::fma(S::load_f32_n(x + m * K + k, rest), load_weight_n<S>(weight + n * K + k, rest), sum[m][n]);
+          sum[m][n] = S::fma(S::load_f32_n(from + m * K + k, rest), load_weight_n<S>(weight + n * K + k, rest), sum[m][n]);
     }
     for (int m = 0; m < Rows; ++m)
-      for (int n = 0; n < Outputs; ++n) y[m * N + n] = S::sum(sum[m][n]) + (bias ? bias[n] : 0.0f);
+      for (int n = 0; n < Outputs; ++n) y[(first + m) * N + n] = S::sum(sum[m][n]) + (bias ? bias[n] : 0.0f);
   }
 };
 
-template <class S, class T, int Outputs>
-inline void dense_outputs(const float* x, int64_t M, int64_t K, const T* weight, const float* bias, float* y, int64_t N) {
-  const int64_t blocks = (M + S::kDenseTileRows - 1) / S::kDenseTileRows;
-  for (int64_t b = 0; b < blocks; ++b) {
-    const int64_t row = b * M / blocks, row_end = (b + 1) * M / blocks;
-    with_rows<S::kDenseTileRows>(static_cast<int>(row_end - row),
-                                 DenseRows<S, T, Outputs>{x + row * K, K, weight, bias, y + row * N, N});
-  }
-}
-
 template <class S, class T>
 void dense(const float* x, int64_t M, int64_t K, const T* weight, const float* bias, int outputs, float* y, int64_t N) {
-  if (outputs == kDenseRows) return dense_outputs<S, T, kDenseRows>(x, M, K, weight, bias, y, N);
-  for (int n = 0; n < outputs; ++n) dense_outputs<S, T, 1>(x, M, K, weight + n * K, bias ? bias + n : nullptr, y + n, N);
+  if (outputs == kDenseRows)
+    return for_row_blocks<S::kDenseTileRows>(M, DenseRows<S, T, kDenseRows>{x, K, weight, bias, y, N});
+  for (int n = 0; n < outputs; ++n)
+    for_row_blocks<S::kDenseTileRows>(M, DenseRows<S, T, 1>{x, K, weight + n * K, bias ? bias + n : nullptr, y + n, N});
 }
 
 template <class S>

@@ -102,6 +102,41 @@ void compare(const std::string& what, const Exact<float>& y, const Exact<float>&
     }
 }
 
+// What may be done around a product, with the result that it must have.
+struct Fused {
+  Exact<float> norm, residual;
+  cast24_fusion fusion;
+
+  Fused(bool normed, bool gated, int64_t M, int64_t N, int64_t K)
+      : norm(random_floats(K)), residual(random_floats(M * (gated ? N / 2 : N))),
+        fusion{normed ? norm.data() : nullptr, 0.25f, gated, residual.data()} {}
+
+  void compare(const std::string& what, const Exact<float>& y, const Exact<float>& x, const std::vector<double>& weight,
+               const float* bias, int64_t M, int64_t N, int64_t K, double tolerance) const {
+    std::vector<double> in(K), sums(N), sizes(N);
+    for (int64_t m = 0; m < M; ++m) {
+      double squares = 0;
+      for (int64_t k = 0; k < K; ++k) squares += static_cast<double>(x[m * K + k]) * x[m * K + k];
+      const double inverse = 1 / std::sqrt(squares / static_cast<double>(K) + fusion.epsilon);
+      for (int64_t k = 0; k < K; ++k) in[k] = x[m * K + k] * (fusion.norm ? inverse * norm[k] : 1);
+      for (int64_t n = 0; n < N; ++n) {
+        sums[n] = bias ? bias[n] : 0, sizes[n] = 1;
+        for (int64_t k = 0; k < K; ++k) {
+          sums[n] += in[k] * weight[n * K + k];
+          sizes[n] += std::abs(in[k] * weight[n * K + k]);
+        }
+      }
+      for (int64_t n = 0; n < (fusion.gated ? N / 2 : N); ++n) {
+        const int64_t gate = n / 16 * 32 + n % 16, other = gate + 16;
+        const double silu = fusion.gated ? sums[gate] / (1 + std::exp(-sums[gate])) : 0;
+        const double expected = residual[m * (fusion.gated ? N / 2 : N) + n] + (fusion.gated ? silu * sums[other] : sums[n]);
+        const double size = fusion.gated ? sizes[gate] * (1 + std::abs(sums[other])) + std::abs(silu) * sizes[other] : sizes[n];
+        require(std::abs(y[m * (fusion.gated ? N / 2 : N) + n] - expected) <= tolerance * size, what + " is wrong");
+      }
+    }
+  }
+};
+
 std::string shape(int64_t M, int64_t N, int64_t K) {
   return " [" + std::to_string(M) + ", " + std::to_string(K) + "] x [" + std::to_string(N) + ", " + std::to_string(K) + "]";
 }
@@ -122,7 +157,7 @@ std::vector<int64_t> kept_columns(const Exact<uint8_t>& mask, int64_t row, int64
   return columns;
 }
 
-constexpr int64_t kRows[] = {1, 15, 16, 17, 33, 65}, kColumns[] = {8, 24, 40, 72, 136, 2056};
+constexpr int64_t kRows[] = {1, 15, 16, 17, 32, 33, 65}, kColumns[] = {8, 24, 40, 72, 136, 2056};
 constexpr int64_t kLargest = 65;  // rows of x: more than one tile
 
 // The numbers of rows of x to try: all small ones where that is cheap.
@@ -170,7 +205,14 @@ void check_sparse(int64_t N, int64_t K) {
   for (int64_t M : batches(N, K)) {
     const std::string what = (kBf16 ? "2:4 bf16" : "2:4 f32") + shape(M, N, K);
     Exact<float> x = random_floats(M * K), y(M * N), again(M * N);
-    linear(x.data(), panel_values.data(), indices.data(), bias.data(), y.data(), M, N, K, on_threads, nullptr);
+    for (bool gated : {false, true}) {
+      if (gated && N % 32 != 0) continue;
+      const Fused fused(true, gated, M, N, K);
+      Exact<float> out(fused.residual.size());
+      linear(x.data(), panel_values.data(), indices.data(), bias.data(), &fused.fusion, out.data(), M, N, K, on_threads, nullptr);
+      fused.compare(what + (gated ? " normed, gated" : " normed"), out, x, weight, bias.data(), M, N, K, rounds ? 5e-3 : 2e-6);
+    }
+    linear(x.data(), panel_values.data(), indices.data(), bias.data(), nullptr, y.data(), M, N, K, on_threads, nullptr);
     require(portable(x.data(), values.data(), mask.data(), bias.data(), again.data(), M, N, K, nullptr, nullptr) == -1, what);
     require(std::memcmp(y.data(), again.data(), sizeof(float) * M * N) == 0, what + " from the portable format differs");
     if (rounds)
@@ -240,16 +282,25 @@ void check_quantized(int bits, bool sparse, int64_t group, bool one_scale, int64
     for (int float_activations : {0, 1}) {
       const Exact<float> x = float_activations ? random_floats(M * K) : exactly_rounded(M, K, group);
       Exact<float> y(M * N);
-      cast24_linear_quantized(x.data(), panels.data(), bias.data(), y.data(), M, N, K, bits, sparse, group, float_activations,
-                              on_threads, nullptr);
-      compare("int" + std::to_string(bits) + (sparse ? " 2:4" : " dense") + shape(M, N, K), y, x, weight, bias.data(), M, N, K);
+      const std::string what = "int" + std::to_string(bits) + (sparse ? " 2:4" : " dense") + shape(M, N, K);
+      cast24_linear_quantized(x.data(), panels.data(), bias.data(), nullptr, y.data(), M, N, K, bits, sparse, group,
+                              float_activations, on_threads, nullptr);
+      compare(what, y, x, weight, bias.data(), M, N, K);
+      for (bool gated : {false, true}) {
+        if (gated && N % 32 != 0) continue;
+        const Fused fused(float_activations, gated, M, N, K);  // normed inputs would not be exact when rounded
+        Exact<float> out(fused.residual.size());
+        cast24_linear_quantized(x.data(), panels.data(), bias.data(), &fused.fusion, out.data(), M, N, K, bits, sparse, group,
+                                float_activations, on_threads, nullptr);
+        fused.compare(what + (gated ? " fused, gated" : " fused"), out, x, weight, bias.data(), M, N, K, 2e-6);
+      }
     }
 
   // What 8 bits cannot hold: infinities, NaN, all zeros, and numbers whose scale has no inverse.
   for (float odd : {std::numeric_limits<float>::infinity(), std::numeric_limits<float>::quiet_NaN(), 0.0f, 1e-44f}) {
     Exact<float> x(K), y(N);
     for (int64_t k = 0; k < K; ++k) x[k] = odd;
-    cast24_linear_quantized(x.data(), panels.data(), nullptr, y.data(), 1, N, K, bits, sparse, group, 0, nullptr, nullptr);
+    cast24_linear_quantized(x.data(), panels.data(), nullptr, nullptr, y.data(), 1, N, K, bits, sparse, group, 0, nullptr, nullptr);
     for (int64_t n = 0; n < N; ++n) require(std::isfinite(odd) == (std::abs(y[n]) < 1e-30f), "what is not finite must stay so");
   }
 

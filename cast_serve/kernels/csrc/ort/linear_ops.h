@@ -1,34 +1,27 @@
 // Linear layers as ONNX ops.
 #pragma once
 
-#include "custom_op.h"
+#include "fused_linear.h"
 
 namespace cast24 {
 
-// y[..., N] = x[..., K] W^T + bias with W 2:4 in panel layout (cast24.h): values f32 [P, G, 2, 16] or bf16
-// [P, G, 16, 2], indices u32 [P, ceil(G / 8), 16].
+// y[..., N] = x[..., K] W^T + bias, and what fused_linear.h puts around it, with W 2:4 in panel layout (cast24.h): values
+// f32 [P, G, 2, 16] or bf16 [P, G, 16, 2], indices u32 [P, ceil(G / 8), 16].
 struct Sparse24MatMul {
   static constexpr const char* name = "Sparse24MatMul";
-  static constexpr Input inputs[] = {
-      {kFloat, kRequired}, {kAnyType, kRequired}, {kUint32, kRequired}, {kFloat, kOptional}};
+  static constexpr Input inputs[] = {{kFloat, kRequired}, {kAnyType, kRequired}, {kUint32, kRequired},
+                                     {kFloat, kOptional}, {kFloat, kOptional},   {kFloat, kOptional}};
 
-  int64_t N, K;
+  FusedLinear linear;
   ResidentWeights resident_values, resident_indices;
 
   explicit Sparse24MatMul(const Attributes& attributes)
-      : N(attributes.integer("N")),
-        K(attributes.integer("K")),
-        resident_values(attributes.resident(1)),
-        resident_indices(attributes.resident(2)) {
-    require(N > 0 && K > 0 && K % 8 == 0, "attribute N must be positive and K a positive multiple of 8");
-  }
+      : linear(attributes), resident_values(attributes.resident(1)), resident_indices(attributes.resident(2)) {}
 
   // Returns the bytes of the weights.
   int64_t run(Context& context) const {
-    const Tensor x = context.input(0), values = context.input(1), indices = context.input(2), bias = context.input(3);
-    require(!x.shape.empty() && x.shape.back() == K,
-            "x has shape " + describe(x.shape) + ", expected [..., " + std::to_string(K) + "]");
-    const int64_t panels = (N + 15) / 16, groups = K / 4;
+    const Tensor x = context.input(0), values = context.input(1), indices = context.input(2);
+    const int64_t N = linear.N, K = linear.K, panels = (N + 15) / 16, groups = K / 4;
     const bool bf16 = values.type == kBFloat16;
     if (bf16) {
       require_shape("values", values, {panels, groups, 16, 2});
@@ -37,21 +30,18 @@ struct Sparse24MatMul {
       require_shape("values", values, {panels, groups, 2, 16});
     }
     require_shape("indices", indices, {panels, (groups + 7) / 8, 16});
-    if (bias) require_shape("bias", bias, {N});
+    const FusedLinear::Call call = linear.prepare(context, x, 3);
 
-    std::vector<int64_t> shape = x.shape;
-    shape.back() = N;
-    float* y = context.output(0, shape);
-    const int64_t M = x.size() / K;
     const void* kept = resident_values.or_else(values.data);
     const uint32_t* columns = static_cast<const uint32_t*>(resident_indices.or_else(indices.data));
-    if (M > 0 && bf16) {
-      cast24_linear_bf16(x.f32(), static_cast<const uint16_t*>(kept), columns, bias.f32(), y, M, N, K,
+    if (call.M > 0 && bf16) {
+      cast24_linear_bf16(x.f32(), static_cast<const uint16_t*>(kept), columns, call.bias, &call.fusion, call.y, call.M, N, K,
                          Context::parallel_for, &context);
-    } else if (M > 0) {
-      cast24_linear_f32(x.f32(), static_cast<const float*>(kept), columns, bias.f32(), y, M, N, K, Context::parallel_for, &context);
+    } else if (call.M > 0) {
+      cast24_linear_f32(x.f32(), static_cast<const float*>(kept), columns, call.bias, &call.fusion, call.y, call.M, N, K,
+                        Context::parallel_for, &context);
     }
-    return values.size() * (bf16 ? 2 : 4) + indices.size() * 4 + bias.size() * (bias ? 4 : 0);
+    return values.size() * (bf16 ? 2 : 4) + indices.size() * 4 + call.bias_bytes;
   }
 };
 

@@ -3,10 +3,13 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <utility>
 #include <vector>
 
+#include "../vector.h"
+
 // Bodies are written once over W-lane vectors and inlined into one entry point for every instruction set.
-#define INLINE inline __attribute__((always_inline))
+#define INLINE CAST24_INLINE
 // Kept out of them: inlined copies of a * b + c * d may be contracted to fused multiply-adds in different ways, and a
 // row's bits would then depend on which copy it met.
 #define ONE_COPY __attribute__((noinline))
@@ -24,54 +27,24 @@ constexpr int64_t kSplitTokens = 4;     // sequences with at most so many new to
 constexpr int64_t kTilesAhead = 4;      // keys fetched into the cache before they are used
 constexpr int kRows = 4;                // query rows that share a pass over keys and values
 
-template <int W>
-struct Vec {
-  typedef float F __attribute__((vector_size(4 * W)));
-  typedef int32_t I __attribute__((vector_size(4 * W)));
-
-  static INLINE F load(const float* p) {
-    F v;
-    std::memcpy(&v, p, sizeof v);
-    return v;
-  }
-  static INLINE void store(float* p, F v) { std::memcpy(p, &v, sizeof v); }
-  static INLINE F max(F a, F b) { return a > b ? a : b; }
-
-  // e^x for x <= 0, within 2 ulp; 0 below -87. Degree-6 polynomial on [-ln2/2, ln2/2] (Cephes).
-  static INLINE F exp(F x) {
-    const F low = F{} - 87.0f;
-    const F clamped = max(x, low);
-    const F magic = F{} + 12582912.0f;  // adding it rounds to an integer, left in the low bits
-    const F shifted = clamped * 1.44269504f + magic;
-    const F n = shifted - magic;
-    const F r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
-    F p = F{} + 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    const I power = ((I)shifted - (I)magic + 127) << 23;
-    const F result = p * (F)power;
-    return x < low ? F{} : result;
-  }
-};
-
 // Running softmax of one query row: out = sum / total, both relative to e^peak.
 struct Partial {
   float peak, total;
 };
 
-ONE_COPY void rotate(const Args& a, const float* from, int64_t position, float* to) {
+ONE_COPY void rotate(const Args& a, const float* __restrict from, int64_t position, float* __restrict to) {
   const int64_t half = a.rotary_dim / 2;
-  const float* cos = a.cos + position * half;
-  const float* sin = a.sin + position * half;
-  const int64_t step = a.interleaved ? 2 : 1, other = a.interleaved ? 1 : half;
-  for (int64_t i = 0; i < half; ++i) {
-    const float x = from[i * step], y = from[i * step + other];
-    to[i * step] = x * cos[i] - y * sin[i];
-    to[i * step + other] = y * cos[i] + x * sin[i];
+  const float* __restrict cos = a.cos + position * half;
+  const float* __restrict sin = a.sin + position * half;
+  for (int64_t i = 0; i < half && a.interleaved; ++i) {
+    const float x = from[2 * i], y = from[2 * i + 1];
+    to[2 * i] = x * cos[i] - y * sin[i];
+    to[2 * i + 1] = y * cos[i] + x * sin[i];
+  }
+  for (int64_t i = 0; i < half && !a.interleaved; ++i) {
+    const float x = from[i], y = from[i + half];
+    to[i] = x * cos[i] - y * sin[i];
+    to[i + half] = y * cos[i] + x * sin[i];
   }
   for (int64_t i = a.rotary_dim; i < a.head_dim; ++i) to[i] = from[i];
 }
@@ -90,20 +63,20 @@ INLINE float* value_row(const Args& a, int64_t sequence, int64_t position, int64
   return block_of(a, a.value_cache, sequence, position, kv_head) + position % a.block_size * a.head_dim;
 }
 
-void append(const Args& a, int64_t sequence, int64_t token) {
+ONE_COPY void append(const Args& a, int64_t sequence, int64_t token, int64_t kv_head) {
   const int64_t position = a.past_lens[sequence] + token - a.cu_seqlens[sequence];
+  float* tile = key_tile(a, sequence, position, kv_head) + position % kKeyTile;
+  // A key is spread over as many cache lines as it has elements, all of them asked for at once.
+  for (int64_t d = 0; d < a.head_dim; ++d) __builtin_prefetch(tile + d * kKeyTile, 1);
+  const float* k = a.k + token * a.kv_stride + kv_head * a.head_dim;
   float rotated[kMaxHeadDim];
-  for (int64_t h = 0; h < a.kv_heads; ++h) {
-    const float* k = a.k + token * a.kv_stride + h * a.head_dim;
-    if (a.rotary_dim > 0) {
-      rotate(a, k, position, rotated);
-      k = rotated;
-    }
-    float* tile = key_tile(a, sequence, position, h) + position % kKeyTile;
-    for (int64_t d = 0; d < a.head_dim; ++d) tile[d * kKeyTile] = k[d];
-    std::memcpy(value_row(a, sequence, position, h), a.v + token * a.kv_stride + h * a.head_dim,
-                sizeof(float) * a.head_dim);
+  if (a.rotary_dim > 0) {
+    rotate(a, k, position, rotated);
+    k = rotated;
   }
+  for (int64_t d = 0; d < a.head_dim; ++d) tile[d * kKeyTile] = k[d];
+  std::memcpy(value_row(a, sequence, position, kv_head), a.v + token * a.kv_stride + kv_head * a.head_dim,
+              sizeof(float) * a.head_dim);
 }
 
 // First key that a query at `position` sees.
@@ -226,14 +199,16 @@ ONE_COPY void fold(Partial& into, float* sum, const Partial& other, const float*
 }
 
 // Some tokens of one sequence with all query heads of one kv head. `slot` is where the partial result of a split
-// sequence's segment goes (segment >= 0); an unsplit item goes through all its segments and writes `out` itself.
+// sequence's segment goes (segment >= 0); an unsplit item goes through all its segments and writes `out` itself. An item
+// that has all new tokens of its sequence appends their keys and values, which are then at hand.
 struct Item {
   int64_t sequence, token_begin, token_end, kv_head, segment, slot;
+  bool appends;
 };
 
 struct Plan {
   const Args& args;
-  std::vector<int64_t> sequence_of;  // [T]
+  std::vector<std::pair<int64_t, int64_t>> appended_before;  // sequence and token, where several items read what is new
   std::vector<Item> items;
   std::vector<Partial> partials;  // [slots]
   std::vector<float> sums;        // [slots, head_dim]
@@ -293,6 +268,7 @@ INLINE void run_items(Plan& plan, int64_t begin, int64_t end) {
     Partial* partials = split ? &plan.partials[item.slot] : nullptr;
     float* sums = split ? &plan.sums[item.slot * plan.args.head_dim] : nullptr;
     const int64_t rows = (item.token_end - item.token_begin) * group;
+    for (int64_t t = item.token_begin; t < item.token_end && item.appends; ++t) append(plan.args, item.sequence, t, item.kv_head);
     int64_t row = 0;
     for (; row + kRows <= rows; row += kRows) run_rows<W, kRows>(plan, item, row, partials, sums);
     switch (rows - row) {
@@ -333,14 +309,16 @@ void make_items(Plan& plan) {
     const int64_t first = first_key(a, a.past_lens[b]) / kSegment;
     const int64_t last = (a.past_lens[b] + end - begin - 1) / kSegment;
     const bool split = end - begin <= kSplitTokens && last > first;
+    const bool appends = !split && end - begin <= kTokensPerItem;
+    for (int64_t t = begin; t < end && !appends; ++t) plan.appended_before.emplace_back(b, t);
     for (int64_t h = 0; h < a.kv_heads && end > begin; ++h) {
       if (split) {
         for (int64_t s = first; s <= last; ++s, slots += (end - begin) * group) {
-          plan.items.push_back({b, begin, end, h, s, slots});
+          plan.items.push_back({b, begin, end, h, s, slots, false});
         }
       } else {
         for (int64_t t = begin; t < end; t += kTokensPerItem) {
-          plan.items.push_back({b, t, std::min(end, t + kTokensPerItem), h, -1, 0});
+          plan.items.push_back({b, t, std::min(end, t + kTokensPerItem), h, -1, 0, appends});
         }
       }
     }
@@ -380,23 +358,22 @@ void fold_splits(Plan& plan) {
 
 void append_range(void* self, int64_t begin, int64_t end) {
   const Plan& plan = *static_cast<Plan*>(self);
-  for (int64_t t = begin; t < end; ++t) append(plan.args, plan.sequence_of[t], t);
+  for (int64_t i = begin; i < end; ++i)
+    for (int64_t h = 0; h < plan.args.kv_heads; ++h)
+      append(plan.args, plan.appended_before[i].first, plan.appended_before[i].second, h);
 }
 
 }  // namespace
 
 void paged_attention(const PagedAttentionArgs& args, cast24_parallel_for run, void* pool) {
   Plan plan{args, {}, {}, {}, {}};
-  for (int64_t b = 0; b < args.batch; ++b) {
-    plan.sequence_of.insert(plan.sequence_of.end(), args.cu_seqlens[b + 1] - args.cu_seqlens[b], b);
-  }
-  const int64_t tokens = static_cast<int64_t>(plan.sequence_of.size());
-  if (tokens <= 32) {  // not worth waking the other threads
-    append_range(&plan, 0, tokens);
-  } else {
-    run(pool, append_range, &plan, tokens);
-  }
   make_items(plan);
+  const int64_t before = static_cast<int64_t>(plan.appended_before.size());
+  if (before <= 32) {  // not worth waking the other threads
+    append_range(&plan, 0, before);
+  } else {
+    run(pool, append_range, &plan, before);
+  }
   run(pool, task_of_isa(), &plan, static_cast<int64_t>(plan.items.size()));
   fold_splits(plan);
 }

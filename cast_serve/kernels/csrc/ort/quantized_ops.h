@@ -1,7 +1,7 @@
 // Linear layers and an embedding with quantized weights as ONNX ops. Weights are panels (cast24.h).
 #pragma once
 
-#include "custom_op.h"
+#include "fused_linear.h"
 
 namespace cast24 {
 
@@ -25,38 +25,35 @@ struct QuantizedAttributes {
   }
 };
 
-// y[..., N] = x[..., K] W^T + bias with a quantized W. With attribute float_activations 1, x is not rounded to 8 bits; with
-// resident 1, a dense weight, too, is copied onto huge pages (it may be an embedding as well, which reads it in place).
+// y[..., N] = x[..., K] W^T + bias with a quantized W, and what fused_linear.h puts around it. With attribute
+// float_activations 1, x is not rounded to 8 bits; with resident 1, a dense weight, too, is copied onto huge pages (it may be an
+// embedding as well, which reads it in place).
 template <bool Sparse>
 struct MatMulNBits {
   static constexpr const char* name = Sparse ? "Sparse24MatMulNBits" : "DenseNBits";
-  static constexpr Input inputs[] = {{kFloat, kRequired}, {kUint8, kRequired}, {kFloat, kOptional}};
+  static constexpr Input inputs[] = {
+      {kFloat, kRequired}, {kUint8, kRequired}, {kFloat, kOptional}, {kFloat, kOptional}, {kFloat, kOptional}};
 
   QuantizedAttributes weight;
+  FusedLinear linear;
   bool float_activations;
   ResidentWeights resident;
 
   explicit MatMulNBits(const Attributes& attributes)
-      : weight(attributes), float_activations(attributes.integer("float_activations", 0) != 0) {
+      : weight(attributes), linear(attributes), float_activations(attributes.integer("float_activations", 0) != 0) {
     if (Sparse || attributes.integer("resident", 0) != 0) resident = attributes.resident(1);
   }
 
   // Returns the bytes of the weights.
   int64_t run(Context& context) const {
-    const Tensor x = context.input(0), panels = context.input(1), bias = context.input(2);
-    require(!x.shape.empty() && x.shape.back() == weight.K,
-            "x has shape " + describe(x.shape) + ", expected [..., " + std::to_string(weight.K) + "]");
+    const Tensor x = context.input(0), panels = context.input(1);
     weight.require_panels(panels, Sparse);
-    if (bias) require_shape("bias", bias, {weight.N});
-    std::vector<int64_t> shape = x.shape;
-    shape.back() = weight.N;
-    float* y = context.output(0, shape);
-    const int64_t M = x.size() / weight.K;
-    if (M > 0)
-      cast24_linear_quantized(x.f32(), static_cast<const uint8_t*>(resident.or_else(panels.data)), bias.f32(), y, M, weight.N, weight.K,
-                              static_cast<int>(weight.bits), Sparse, weight.group, float_activations, Context::parallel_for,
-                              &context);
-    return panels.size() + bias.size() * (bias ? 4 : 0);
+    const FusedLinear::Call call = linear.prepare(context, x, 2);
+    if (call.M > 0)
+      cast24_linear_quantized(x.f32(), static_cast<const uint8_t*>(resident.or_else(panels.data)), call.bias, &call.fusion,
+                              call.y, call.M, weight.N, weight.K, static_cast<int>(weight.bits), Sparse, weight.group,
+                              float_activations, Context::parallel_for, &context);
+    return panels.size() + call.bias_bytes;
   }
 };
 

@@ -107,10 +107,11 @@ Tensor linear_packed(const Tensor& x, const Tensor& panel_values, const Tensor& 
   const float* b = bias_f32 ? data<float>(*bias_f32) : nullptr;
   float* out = static_cast<float*>(y.mutable_data_ptr());
   if (bf16)
-    cast24_linear_bf16(data<float>(input), data<uint16_t>(panel_values), indices, b, out, M, N, K, on_torch_threads,
-                       nullptr);
+    cast24_linear_bf16(data<float>(input), data<uint16_t>(panel_values), indices, b, nullptr, out, M, N, K,
+                       on_torch_threads, nullptr);
   else
-    cast24_linear_f32(data<float>(input), data<float>(panel_values), indices, b, out, M, N, K, on_torch_threads, nullptr);
+    cast24_linear_f32(data<float>(input), data<float>(panel_values), indices, b, nullptr, out, M, N, K, on_torch_threads,
+                      nullptr);
   return x.scalar_type() == ScalarType::Float ? y : torch::stable::to(y, x.scalar_type());
 }
 
@@ -127,7 +128,7 @@ Tensor quantized_product(const char* op, const Tensor& x, const uint8_t* panels,
   const std::optional<Tensor> bias_f32 = bias_of(op, bias, N);
   const Tensor y = output_of(input, N);
   const int64_t K = x.size(-1);
-  cast24_linear_quantized(data<float>(input), panels, bias_f32 ? data<float>(*bias_f32) : nullptr,
+  cast24_linear_quantized(data<float>(input), panels, bias_f32 ? data<float>(*bias_f32) : nullptr, nullptr,
                           static_cast<float*>(y.mutable_data_ptr()), input.numel() / K, N, K, bits, sparse, group,
                           float_activations, on_torch_threads, nullptr);
   return x.scalar_type() == ScalarType::Float ? y : torch::stable::to(y, x.scalar_type());
