@@ -198,7 +198,7 @@ def _register() -> None:
         if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < num_rows:
             raise IndexError(f"cast24::quantized_rows: an id is outside the {num_rows} rows")
         ids, panels = ids.contiguous(), panels.contiguous()
-        out = torch.empty((*ids.shape, columns))
+        out = torch.empty((*ids.shape, columns), dtype=torch.float32)
         library().cast24_quantized_rows(
             ids.data_ptr(), ids.numel(), panels.data_ptr(), columns, bits, group_size, out.data_ptr()
         )
