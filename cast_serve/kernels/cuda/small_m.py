@@ -8,6 +8,7 @@ from pathlib import Path
 from cast_serve.kernels.cuda.layout import ROWS, STEP
 
 CSRC = Path(__file__).parent / "csrc"
+SOURCES = ("tensor_core.cuh", "small_m.cuh", "expand.cuh")
 
 
 @dataclass(frozen=True)
@@ -57,10 +58,12 @@ VARIANTS = (
 MAX_ROWS = 8 * VARIANTS[-1].column_tiles
 
 
+@cache
 def source(types: Types, variants: tuple[Variant, ...] = VARIANTS) -> str:
     """CUDA C++ of the variants, without includes."""
-    parts = [(CSRC / name).read_text().replace("#pragma once\n", "") for name in ("tensor_core.cuh", "small_m.cuh")]
-    return "\n".join([*parts, *(variant.macro(types) for variant in variants)]) + "\n"
+    expand = ["CAST24_EXPAND"] if types.weight == types.output else []
+    parts = [(CSRC / name).read_text().replace("#pragma once\n", "") for name in SOURCES]
+    return "\n".join([*parts, *(variant.macro(types) for variant in variants), *expand]) + "\n"
 
 
 class LinearArguments(ctypes.Structure):
@@ -83,6 +86,20 @@ class LinearArguments(ctypes.Structure):
         ("row_tiles", ctypes.c_int),
         ("steps", ctypes.c_int),
         ("steps_per_split", ctypes.c_int),
+    ]
+
+
+class ExpandArguments(ctypes.Structure):
+    """The structure of the same name in csrc/expand.cuh."""
+
+    _fields_ = [
+        ("values", ctypes.c_void_p),
+        ("metadata", ctypes.c_void_p),
+        ("dense", ctypes.c_void_p),
+        ("N", ctypes.c_int),
+        ("K", ctypes.c_int),
+        ("row_tiles", ctypes.c_int),
+        ("steps", ctypes.c_int),
     ]
 
 

@@ -58,7 +58,7 @@ namespace emulation {
 struct Region {
   const unsigned char* data;
   size_t bytes;
-  std::vector<unsigned char> reads;
+  unsigned char* reads;
 };
 inline std::vector<Region> regions;
 
@@ -157,6 +157,10 @@ inline unsigned load_once(const unsigned* p) {
 }
 inline uint4 load(const uint4* p) {
   emulation::read(p, 16);
+  return *p;
+}
+inline unsigned load(const unsigned* p) {
+  emulation::read(p, 4);
   return *p;
 }
 inline uint2 load(const uint2* p) {

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cast_serve.kernels.cuda.small_m import CSRC, LinearArguments, Plan, Types, Variant
+from cast_serve.kernels.cuda.small_m import CSRC, Types, Variant
 
 HERE = Path(__file__).parent
 
@@ -17,58 +17,54 @@ class Emulation:
     """Kernels of `variants` for each of `types`, compiled for the CPU."""
 
     def __init__(self, directory: Path, variants: Sequence[Variant], types: Sequence[Types]) -> None:
-        lines = [variant.macro(t).replace(variant.name, _name(variant, t), 1) for t in types for variant in variants]
-        table = ", ".join(
-            f'{{"{_name(variant, t)}", {_name(variant, t)}, {32 * variant.warps}}}'
-            for t in types
-            for variant in variants
-        )
-        (directory / "variants.inc").write_text("\n".join([*lines, f"#define CAST24_VARIANTS {table}", ""]))
+        lines, names = [], []
+        for kinds in types:
+            for variant in variants:
+                names.append(_name(kinds, variant.name))
+                lines.append(variant.macro(kinds).replace(variant.name, names[-1], 1))
+        entries = ", ".join(f"ENTRY({name})" for name in [*names, "expand"])
+        (directory / "kernels.inc").write_text("\n".join([*lines, "CAST24_EXPAND", f"#define KERNELS {entries}", ""]))
         library = directory / "emulation.so"
         command = ["g++", "-std=c++20", "-O2", "-shared", "-fPIC", "-Wall", "-Wno-unknown-pragmas"]
         includes = [f"-I{HERE}", f"-I{directory}", f"-I{CSRC}"]
         subprocess.run([*command, *includes, str(HERE / "run.cpp"), "-o", str(library)], check=True)
         self._emulate = ctypes.CDLL(str(library)).emulate
-        self._emulate.argtypes = [ctypes.c_char_p, ctypes.c_void_p, *[ctypes.c_int] * 3, *[ctypes.c_int64] * 3]
-        self._emulate.argtypes += [ctypes.c_int, ctypes.c_uint]
 
-    def linear(
-        self,
-        types: Types,
-        x: Tensor,
-        fragments: Tensor,
-        metadata: Tensor,
-        rows: int,
-        plan: Plan,
-        *,
-        bias: Tensor | None = None,
-        x_scale: Tensor | None = None,
-        w_scale: Tensor | None = None,
-        dtype: torch.dtype | None = None,
-        seed: int = 0,
-    ) -> Tensor:
-        """y [M, rows] of x [M, K], last axis contiguous. Every byte of the weight must be read once per block of M."""
-        batch, columns = x.shape
-        y = torch.full((batch, rows), float("nan"), dtype=dtype or x.dtype)
-        partial = torch.full((plan.partial_bytes // 4 + 4,), float("nan"))
-        counters = torch.zeros(plan.counters, dtype=torch.int32)
 
-        def pointer(tensor: Tensor | None) -> int | None:
-            return None if tensor is None else tensor.data_ptr()
+class Launcher:
+    """Takes the place of `linear.launch_on_gpu`, with tensors on the CPU.
 
-        arguments = LinearArguments(
-            *map(pointer, (fragments, metadata, x, x_scale, w_scale, bias, y, partial, counters)),
-            x.stride(0) * x.itemsize,
-            *(batch, rows, columns, plan.row_tiles, plan.steps, plan.steps_per_split),
+    Attributes:
+        reads: of each readable tensor, how often each of its bytes was read.
+    """
+
+    def __init__(self, emulation: Emulation, readable: Sequence[Tensor], seed: int = 0) -> None:
+        self._emulation, self._readable, self._seed = emulation, readable, seed
+        self.reads: list[Tensor] = []
+
+    def __call__(
+        self, types: Types, name: str, grid: tuple[int, int, int], threads: int, arguments: ctypes.Structure
+    ) -> None:
+        # a view's rows may have gaps between them
+        sizes = [
+            tensor.untyped_storage().nbytes() - tensor.storage_offset() * tensor.itemsize for tensor in self._readable
+        ]
+        starts = (ctypes.c_void_p * len(sizes))(*(tensor.data_ptr() for tensor in self._readable))
+        reads = torch.zeros(sum(sizes), dtype=torch.uint8)
+        result = self._emulation._emulate(
+            (name if name == "expand" else _name(types, name)).encode(),
+            (ctypes.c_int * 3)(*grid),
+            threads,
+            ctypes.byref(arguments),
+            len(sizes),
+            starts,
+            (ctypes.c_int64 * len(sizes))(*sizes),
+            ctypes.c_void_p(reads.data_ptr()),
+            ctypes.c_uint(self._seed),
         )
-        x_bytes = ((batch - 1) * x.stride(0) + columns) * x.itemsize
-        sizes = (fragments.nbytes, metadata.nbytes, x_bytes)
-        name = _name(plan.variant, types).encode()
-        result = self._emulate(name, ctypes.byref(arguments), *plan.grid, *sizes, plan.grid[2], seed)
-        assert result == 0, "a byte of the weight was not read exactly once" if result == 1 else "no such kernel"
-        assert not counters.any(), "counters must be 0 again"
-        return y
+        assert result == 0, f"no kernel {name} for {types}"
+        self.reads = list(reads.split(sizes))
 
 
-def _name(variant: Variant, types: Types) -> str:
-    return f"{types.weight}_{types.output}_{variant.name}"
+def _name(types: Types, kernel: str) -> str:
+    return f"{types.weight}_{types.output}_{kernel}"

@@ -36,6 +36,7 @@ __device__ __forceinline__ uint4 load_shared_by_blocks(const uint4* p) {
 
 __device__ __forceinline__ uint4 load(const uint4* p) { return *p; }
 __device__ __forceinline__ uint2 load(const uint2* p) { return *p; }
+__device__ __forceinline__ unsigned load(const unsigned* p) { return *p; }
 
 // d += A B: A is 16 rows by 64 bytes of kept values and zeros, B the same 64 bytes by 8 columns, as PTX ISA 9.7.14.6
 // ("mma.sp") lays them out over the lanes. `e` says where the kept values stand; lanes 2 Selector and 2 Selector + 1 of

@@ -1,0 +1,158 @@
+"""y = x W^T + bias on a GPU, W packed: for few rows of x by the kernel that streams W once, for many by a product."""
+
+import ctypes
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from cast_serve.kernels.cuda.layout import STEP, to_fragments
+from cast_serve.kernels.cuda.small_m import ExpandArguments, LinearArguments, Plan, Types, plan, source
+
+TYPES = {
+    (torch.bfloat16, torch.bfloat16): Types("Bf16", "Bf16"),
+    (torch.float16, torch.float16): Types("Fp16", "Fp16"),
+    (torch.int8, torch.bfloat16): Types("S8", "Bf16"),
+    (torch.int8, torch.float16): Types("S8", "Fp16"),
+    (torch.float8_e4m3fn, torch.bfloat16): Types("E4m3", "Bf16"),
+    (torch.float8_e4m3fn, torch.float16): Types("E4m3", "Fp16"),
+}
+"""By dtypes of weight and y."""
+
+Launch = Callable[[Types, str, tuple[int, int, int], int, ctypes.Structure], None]
+"""Of the kernel with this name: types, name, grid, threads in a block, arguments."""
+
+
+def launch_on_gpu(
+    types: Types, name: str, grid: tuple[int, int, int], threads: int, arguments: ctypes.Structure
+) -> None:
+    from cast_serve.kernels.cuda.driver import kernels
+
+    kernels(source(types), torch.cuda.current_device()).launch(name, grid, threads, arguments)
+
+
+def small_m_linear(
+    x: Tensor,
+    fragments: Tensor,
+    metadata: Tensor,
+    out_features: int,
+    bias: Tensor | None = None,
+    *,
+    x_scale: Tensor | None = None,
+    w_scale: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    cut: Plan | None = None,
+    launch: Launch = launch_on_gpu,
+) -> Tensor:
+    """Multiply by a weight in the layout of `layout.to_fragments`, reading it once for each 64 rows of x.
+
+    Args:
+        x: [M, K] of the weight's dtype, any strides, K a multiple of 8.
+        fragments, metadata: of a weight [out_features, K], bfloat16, float16, int8 or float8_e4m3fn.
+        bias: [out_features] of y's dtype.
+        x_scale: [M], w_scale: [out_features], float32: y is multiplied by both. 8-bit types only, which need them.
+        dtype: of y, bfloat16 or float16; default x's.
+        cut: the call cut into blocks, default `plan`'s.
+
+    Returns:
+        [M, out_features], sums in float32 or int32. Nothing waits for the GPU; memory comes from torch's allocator.
+    """
+    M, K = x.shape
+    y = x.new_empty(M, out_features, dtype=dtype or x.dtype)
+    if M == 0:
+        return y
+    x = in_rows_of_16_bytes(x)
+    cut = cut or plan(M, out_features, K, _multiprocessors(x.device))
+    partial = counters = None
+    if cut.splits > 1:
+        partial = torch.empty(cut.partial_bytes // 4, dtype=torch.int32, device=x.device)
+        counters = _counters(x.device, cut.counters)
+
+    def pointer(tensor: Tensor | None) -> int | None:
+        return None if tensor is None else tensor.data_ptr()
+
+    arguments = LinearArguments(
+        *map(pointer, (fragments, metadata, x, x_scale, w_scale, bias, y, partial, counters)),
+        x.stride(0) * x.itemsize,
+        *(M, out_features, K, cut.row_tiles, cut.steps, cut.steps_per_split),
+    )
+    launch(TYPES[fragments.dtype, y.dtype], cut.variant.name, cut.grid, 32 * cut.variant.warps, arguments)
+    return y
+
+
+def in_rows_of_16_bytes(x: Tensor) -> Tensor:
+    """x, or a copy of it whose rows start at multiples of 16 bytes: the kernel reads as many at once."""
+    M, K = x.shape
+    per_read = 16 // x.itemsize
+    if x.stride(1) == 1 and x.stride(0) % per_read == 0 and x.data_ptr() % 16 == 0:
+        return x
+    aligned = x.new_empty(M, -(-K // per_read) * per_read)[:, :K]
+    return aligned.copy_(x)
+
+
+def expand(
+    fragments: Tensor, metadata: Tensor, out_features: int, columns: int, *, launch: Launch = launch_on_gpu
+) -> Tensor:
+    """The dense weight [out_features, columns] of a packed one."""
+    dense = torch.empty(out_features, columns, dtype=fragments.dtype, device=fragments.device)
+    row_tiles, steps = metadata.shape[:2]
+    pointers = (fragments.data_ptr(), metadata.data_ptr(), dense.data_ptr())
+    arguments = ExpandArguments(*pointers, out_features, columns, row_tiles, steps)
+    types = TYPES[fragments.dtype, fragments.dtype]
+    launch(types, "expand", (-(-2 * row_tiles * steps // 8), 1, 1), 256, arguments)
+    return dense
+
+
+def prepack(values: Tensor, bitmask: Tensor) -> tuple[Tensor, Tensor]:
+    """`to_fragments`, and everything else that the first call would have to do: compiling, loading, counters."""
+    fragments, metadata = to_fragments(values, bitmask)
+    if values.is_cuda:
+        x = values.new_zeros(1, values.shape[1] * 2)
+        small_m_linear(x, fragments, metadata, values.shape[0])
+    return fragments, metadata
+
+
+_COUNTERS = 1 << 14
+_multiprocessor_counts: dict[int, int] = {}
+_counter_buffers: dict[tuple[int, int], Tensor] = {}
+
+
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 1
+    index = device.index
+    if index not in _multiprocessor_counts:
+        _multiprocessor_counts[index] = torch.cuda.get_device_properties(index).multi_processor_count
+    return _multiprocessor_counts[index]
+
+
+def _counters(device: torch.device, count: int) -> Tensor:
+    """`count` zeros, which kernels leave as zeros: kept for each stream, on which kernels follow each other."""
+    if device.type != "cuda":
+        return torch.zeros(count, dtype=torch.int32)
+    key = (device.index, torch.cuda.current_stream(device).cuda_stream)
+    if key in _counter_buffers and count <= _COUNTERS:
+        return _counter_buffers[key]
+    buffer = torch.zeros(max(count, _COUNTERS), dtype=torch.int32, device=device)
+    # what a graph allocates and sets to zero is the graph's own
+    if count <= _COUNTERS and not torch.cuda.is_current_stream_capturing():
+        _counter_buffers[key] = buffer
+    return buffer
+
+
+def check(op: str, x: Tensor, fragments: Tensor, metadata: Tensor, out_features: int, bias: Tensor | None) -> None:
+    """RuntimeError, as of the operators on the CPU, where shapes or dtypes do not belong together."""
+    if x.dim() < 1 or x.shape[-1] % 8 or x.shape[-1] == 0:
+        raise RuntimeError(f"cast24::{op}: the last axis of x must be a multiple of 8, x has shape {list(x.shape)}")
+    if fragments.dtype not in (torch.bfloat16, torch.float16) or not x.is_floating_point():
+        raise RuntimeError(f"cast24::{op}: on a GPU weights are bfloat16 or float16, not {fragments.dtype}")
+    row_tiles, steps = -(-out_features // 16), -(-x.shape[-1] // STEP)
+    if out_features < 1 or fragments.shape != (row_tiles, 2 * steps, 32, 8) or metadata.shape != (row_tiles, steps, 32):
+        raise RuntimeError(
+            f"cast24::{op}: {list(fragments.shape)} and {list(metadata.shape)} are not the packed form of a weight "
+            f"{[out_features, x.shape[-1]]}"
+        )
+    if metadata.dtype != torch.uint32 or not fragments.is_contiguous() or not metadata.is_contiguous():
+        raise RuntimeError(f"cast24::{op}: the packed weight must be contiguous, its metadata uint32")
+    if bias is not None and bias.shape != (out_features,):
+        raise RuntimeError(f"cast24::{op}: bias must have shape [{out_features}], not {list(bias.shape)}")
