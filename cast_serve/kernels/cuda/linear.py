@@ -42,7 +42,7 @@ def small_m_linear(
     w_scale: Tensor | None = None,
     dtype: torch.dtype | None = None,
     cut: Plan | None = None,
-    launch: Launch = launch_on_gpu,
+    launch: Launch | None = None,
 ) -> Tensor:
     """Multiply by a weight in the layout of `layout.to_fragments`, reading it once for each 64 rows of x.
 
@@ -76,7 +76,9 @@ def small_m_linear(
         x.stride(0) * x.itemsize,
         *(M, out_features, K, cut.row_tiles, cut.steps, cut.steps_per_split),
     )
-    launch(TYPES[fragments.dtype, y.dtype], cut.variant.name, cut.grid, 32 * cut.variant.warps, arguments)
+    (launch or launch_on_gpu)(
+        TYPES[fragments.dtype, y.dtype], cut.variant.name, cut.grid, 32 * cut.variant.warps, arguments
+    )
     return y
 
 
@@ -91,7 +93,7 @@ def in_rows_of_16_bytes(x: Tensor) -> Tensor:
 
 
 def expand(
-    fragments: Tensor, metadata: Tensor, out_features: int, columns: int, *, launch: Launch = launch_on_gpu
+    fragments: Tensor, metadata: Tensor, out_features: int, columns: int, *, launch: Launch | None = None
 ) -> Tensor:
     """The dense weight [out_features, columns] of a packed one."""
     dense = torch.empty(out_features, columns, dtype=fragments.dtype, device=fragments.device)
@@ -99,16 +101,14 @@ def expand(
     pointers = (fragments.data_ptr(), metadata.data_ptr(), dense.data_ptr())
     arguments = ExpandArguments(*pointers, out_features, columns, row_tiles, steps)
     types = TYPES[fragments.dtype, fragments.dtype]
-    launch(types, "expand", (-(-2 * row_tiles * steps // 8), 1, 1), 256, arguments)
+    (launch or launch_on_gpu)(types, "expand", (-(-2 * row_tiles * steps // 8), 1, 1), 256, arguments)
     return dense
 
 
 def prepack(values: Tensor, bitmask: Tensor) -> tuple[Tensor, Tensor]:
-    """`to_fragments`, and everything else that the first call would have to do: compiling, loading, counters."""
+    """`to_fragments`, and all that a first call would have to do before it: compiling, loading, counters."""
     fragments, metadata = to_fragments(values, bitmask)
-    if values.is_cuda:
-        x = values.new_zeros(1, values.shape[1] * 2)
-        small_m_linear(x, fragments, metadata, values.shape[0])
+    small_m_linear(values.new_zeros(1, values.shape[1] * 2), fragments, metadata, values.shape[0])
     return fragments, metadata
 
 

@@ -45,7 +45,7 @@ def compile_source(source: str, architecture: str) -> Compiled:
     _, program = nvrtc.nvrtcCreateProgram(source.encode(), b"cast24.cu", 0, [], [])
     options = [option.encode() for option in (f"--gpu-architecture={architecture}", *_OPTIONS)]
     (result,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
-    log = bytes(nvrtc.nvrtcGetProgramLogSize(program)[1])
+    log = bytearray(nvrtc.nvrtcGetProgramLogSize(program)[1])
     nvrtc.nvrtcGetProgramLog(program, log)
     text = log.rstrip(b"\0").decode(errors="replace")
     if result != nvrtc.nvrtcResult.NVRTC_SUCCESS:
@@ -55,10 +55,10 @@ def compile_source(source: str, architecture: str) -> Compiled:
         if architecture.startswith("compute")
         else (nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN)
     )
-    code = bytes(size(program)[1])
+    code = bytearray(size(program)[1])
     get(program, code)
     nvrtc.nvrtcDestroyProgram(program)
-    return Compiled(code, text)
+    return Compiled(bytes(code), text)
 
 
 def target(capability: tuple[int, int]) -> str:

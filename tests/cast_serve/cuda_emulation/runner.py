@@ -34,12 +34,16 @@ class Emulation:
 class Launcher:
     """Takes the place of `linear.launch_on_gpu`, with tensors on the CPU.
 
+    Args:
+        readable: the tensors that a kernel may read; None if that is not to be checked.
+
     Attributes:
         reads: of each readable tensor, how often each of its bytes was read.
     """
 
-    def __init__(self, emulation: Emulation, readable: Sequence[Tensor], seed: int = 0) -> None:
-        self._emulation, self._readable, self._seed = emulation, readable, seed
+    def __init__(self, emulation: Emulation, readable: Sequence[Tensor] | None, seed: int = 0) -> None:
+        self._emulation, self._seed = emulation, seed
+        self._readable, self._unchecked = readable or (), readable is None
         self.reads: list[Tensor] = []
 
     def __call__(
@@ -56,7 +60,7 @@ class Launcher:
             (ctypes.c_int * 3)(*grid),
             threads,
             ctypes.byref(arguments),
-            len(sizes),
+            -1 if self._unchecked else len(sizes),
             starts,
             (ctypes.c_int64 * len(sizes))(*sizes),
             ctypes.c_void_p(reads.data_ptr()),
