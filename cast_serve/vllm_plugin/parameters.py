@@ -40,6 +40,6 @@ def check_loaded(module: nn.Module, names: list[str], layer: str, rows: int) -> 
         loaded = getattr(module, name).loaded_rows
         if loaded != rows:
             raise InputError(
-                f"layer '{layer}' got {loaded} of {rows} rows of {name}: a tensor is missing, or it "
-                "was made for another config.json; make it again"
+                f"layer '{layer}' got {loaded} of {rows} rows of {name}: a tensor is missing, or the "
+                "checkpoint was made for another config.json; make it again"
             )

@@ -15,17 +15,19 @@ PROMPTS = [[5, 17, 3, 88, 41, 2, 60, 8, 93, 55], [9, 33, 12, 71], [300], list(ra
 def engine(directory: Path, **options: Any) -> Iterator[LLM]:
     """An engine on `directory`, in float32 and eager unless `options` say otherwise."""
     defaults = {"dtype": "float32", "enforce_eager": True, "max_model_len": 128, "max_num_seqs": 4}
-    llm = LLM(
-        str(directory),
-        skip_tokenizer_init=True,
-        kv_cache_memory_bytes=32 << 20,
-        disable_log_stats=True,
-        **defaults | options,  # type: ignore[arg-type]
-    )
+    llm = None
     try:
+        llm = LLM(
+            str(directory),
+            skip_tokenizer_init=True,
+            kv_cache_memory_bytes=32 << 20,
+            disable_log_stats=True,
+            **defaults | options,  # type: ignore[arg-type]
+        )
         yield llm
     finally:
-        llm.llm_engine.engine_core.shutdown()
+        if llm is not None:
+            llm.llm_engine.engine_core.shutdown()
         cleanup_dist_env_and_memory()
 
 
