@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from cast_serve.kernels.cuda.layout import from_fragments, to_fragments
-from cast_serve.kernels.cuda.linear import TYPES, expand, in_rows_of_16_bytes, small_m_linear
+from cast_serve.kernels.cuda.linear import TYPES, Ring, expand, in_rows_of_16_bytes, ring, small_m_linear
 from cast_serve.kernels.cuda.small_m import VARIANTS, Plan, Variant, plan
 from conversion.errors import InputError
 from tests.cast_serve.cuda_emulation.runner import Emulation, Launcher
@@ -58,6 +58,7 @@ def emulated(
     """small_m_linear in the emulation; every byte of the weight must be read once for each block of rows of x."""
     launch = Launcher(emulation, [*packed, x], seed)
     y = small_m_linear(x, *packed, rows, bias, cut=cut, launch=launch, **scales)  # type: ignore[arg-type]
+    assert not ring(x.device).zeros.any()
     times = 1 if cut is None else cut.grid[2]
     assert all((reads == times).all() for reads in launch.reads[:2]), "a byte of the weight was not read exactly once"
     return y
@@ -96,6 +97,13 @@ def test_the_result_does_not_depend_on_the_order_of_blocks(emulation: Emulation)
     assert cut.splits == 4
     results = [emulated(emulation, x, packed, 40, cut, seed=seed) for seed in range(4)]
     assert all(torch.equal(results[0], result) for result in results)
+
+
+def test_calls_take_turns_on_the_ring_of_counters(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Ring, "SIZE", 10)
+    counters = Ring(torch.device("cpu"))
+    start = counters.zeros.data_ptr()
+    assert [(counters.take(count) - start) // 4 for count in (4, 4, 3, 7, 1)] == [0, 4, 0, 3, 0]
 
 
 def test_rows_of_x_apart_and_no_bias(emulation: Emulation) -> None:

@@ -62,17 +62,18 @@ def small_m_linear(
     if M == 0:
         return y
     x = in_rows_of_16_bytes(x)
-    cut = cut or plan(M, out_features, K, _multiprocessors(x.device))
-    partial = counters = None
+    cut = cut or plan(M, out_features, K, multiprocessors(x.device))
+    partial, counters = None, None
     if cut.splits > 1:
         partial = torch.empty(cut.partial_bytes // 4, dtype=torch.int32, device=x.device)
-        counters = _counters(x.device, cut.counters)
+        counters = ring(x.device).take(cut.counters)
 
     def pointer(tensor: Tensor | None) -> int | None:
         return None if tensor is None else tensor.data_ptr()
 
     arguments = LinearArguments(
-        *map(pointer, (fragments, metadata, x, x_scale, w_scale, bias, y, partial, counters)),
+        *map(pointer, (fragments, metadata, x, x_scale, w_scale, bias, y, partial)),
+        counters,
         x.stride(0) * x.itemsize,
         *(M, out_features, K, cut.row_tiles, cut.steps, cut.steps_per_split),
     )
@@ -112,32 +113,45 @@ def prepack(values: Tensor, bitmask: Tensor) -> tuple[Tensor, Tensor]:
     return fragments, metadata
 
 
-_COUNTERS = 1 << 14
-_multiprocessor_counts: dict[int, int] = {}
-_counter_buffers: dict[tuple[int, int], Tensor] = {}
+class Ring:
+    """Zeros on a device, of which each call takes the next ones; kernels leave them as zeros.
+
+    So calls that run at the same time have counters of their own: a stream holds about a thousand calls at most, and
+    the ring serves many times that. Graphs keep those that they were captured with.
+    """
+
+    SIZE = 1 << 20
+
+    def __init__(self, device: torch.device) -> None:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("cast24: the first call on a device cannot be captured in a graph: make one before")
+        self.zeros = torch.zeros(self.SIZE, dtype=torch.int32, device=device)
+        self._start, self._next = self.zeros.data_ptr(), 0
+
+    def take(self, count: int) -> int:
+        """The address of `count` zeros."""
+        first = self._next if self._next + count <= self.SIZE else 0
+        self._next = first + count
+        return self._start + first * self.zeros.itemsize
 
 
-def _multiprocessors(device: torch.device) -> int:
+_rings: dict[torch.device, Ring] = {}
+_multiprocessors: dict[torch.device, int] = {}
+
+
+def ring(device: torch.device) -> Ring:
+    if device not in _rings:
+        _rings[device] = Ring(device)
+    return _rings[device]
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Of the GPU; 1 for the CPU, where only tests come."""
     if device.type != "cuda":
         return 1
-    index = device.index
-    if index not in _multiprocessor_counts:
-        _multiprocessor_counts[index] = torch.cuda.get_device_properties(index).multi_processor_count
-    return _multiprocessor_counts[index]
-
-
-def _counters(device: torch.device, count: int) -> Tensor:
-    """`count` zeros, which kernels leave as zeros: kept for each stream, on which kernels follow each other."""
-    if device.type != "cuda":
-        return torch.zeros(count, dtype=torch.int32)
-    key = (device.index, torch.cuda.current_stream(device).cuda_stream)
-    if key in _counter_buffers and count <= _COUNTERS:
-        return _counter_buffers[key]
-    buffer = torch.zeros(max(count, _COUNTERS), dtype=torch.int32, device=device)
-    # what a graph allocates and sets to zero is the graph's own
-    if count <= _COUNTERS and not torch.cuda.is_current_stream_capturing():
-        _counter_buffers[key] = buffer
-    return buffer
+    if device not in _multiprocessors:
+        _multiprocessors[device] = torch.cuda.get_device_properties(device).multi_processor_count
+    return _multiprocessors[device]
 
 
 def check(op: str, x: Tensor, fragments: Tensor, metadata: Tensor, out_features: int, bias: Tensor | None) -> None:

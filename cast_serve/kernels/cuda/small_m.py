@@ -39,7 +39,8 @@ class Variant:
 
     @property
     def name(self) -> str:
-        return f"small_m_{self.column_tiles}_{self.row_tiles}_{self.warps}_{self.depth}"
+        arguments = (self.column_tiles, self.row_tiles, self.warps, self.depth, self.blocks)
+        return "small_m_" + "_".join(map(str, arguments))
 
     def macro(self, types: Types) -> str:
         return (

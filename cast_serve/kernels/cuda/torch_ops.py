@@ -4,7 +4,7 @@
 
 `linear` and `linear_packed` have the schemas that they have on the CPU; linear_packed takes what `prepack` returns, the
 layout of `layout.to_fragments`. linear_cuda also takes cuSPARSELt's copy of the weight, or None, and uses it where
-that is the fastest. All take x of any shape [..., K] and any strides, rounded to the weight's dtype, and return x's dtype.
+that is the fastest. All take x of any shape [..., K] and strides, rounded to the weight's dtype, and return x's dtype.
 """
 
 import torch
@@ -55,9 +55,12 @@ def linear(
 
 
 def register() -> None:
-    """Add the CUDA side of the operators; nothing of CUDA is touched before the first call."""
+    """Add the CUDA side of the operators that have one on the CPU, which is where they are defined."""
     torch.library.impl("cast24::linear", "cuda")(linear)
     torch.library.impl("cast24::linear_packed", "cuda")(linear_packed)
+
+
+def _define() -> None:
     torch.library.define(
         "cast24::linear_cuda",
         "(Tensor x, Tensor fragments, Tensor metadata, Tensor? compressed, int out_features, Tensor? bias=None) "
@@ -75,3 +78,6 @@ def register() -> None:
         bias: Tensor | None = None,
     ) -> Tensor:
         return x.new_empty((*x.shape[:-1], out_features))
+
+
+_define()
