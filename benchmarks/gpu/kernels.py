@@ -31,10 +31,13 @@ PREFILL = [128, 256, 512, 1024, 2048, 4096, 8192]
 CUT_ROWS = [1, 8, 16, 32, 64]
 SPLITS = [1, 2, 3, 4, 6, 8, 12, 16]
 CUTS = [
-    *[Variant(1, depth=depth, blocks=blocks) for depth in (2, 4, 8) for blocks in (2, 3)],
-    *[Variant(1, warps=4, depth=depth, blocks=4) for depth in (4, 8)],
-    *[Variant(1, warps=4, row_tiles=2, depth=4, blocks=4), Variant(2, depth=8), Variant(2, warps=4, blocks=4)],
-    *[Variant(2, row_tiles=2, warps=4, depth=4, blocks=3), Variant(4, row_tiles=2, warps=4, depth=2, blocks=3)],
+    *[Variant(1, warps_k=k, depth=4, blocks=blocks) for k in (1, 2, 4, 8) for blocks in (2, 3)],
+    *[Variant(1, warps_k=k, depth=2, blocks=3) for k in (2, 4, 8)],
+    *[Variant(1, warps_k=2, depth=8), Variant(1, warps_k=4, depth=8), Variant(1, warps=4, warps_k=4, blocks=6)],
+    *[Variant(1, warps=16, warps_k=8, depth=2, blocks=1), Variant(1, warps=16, warps_k=16, depth=2, blocks=1)],
+    *[Variant(2, warps_k=k, depth=4) for k in (1, 2, 4)],
+    *[Variant(2, warps=4, warps_k=2, blocks=4), Variant(2, row_tiles=2, warps=4, warps_k=2, blocks=3)],
+    *[Variant(4, warps_k=2), Variant(4, row_tiles=2, warps=4, depth=2, blocks=3)],
     *[Variant(8, depth=2), Variant(8, row_tiles=2, warps=8, depth=2, blocks=1)],
 ]
 DTYPE = torch.bfloat16
@@ -63,13 +66,12 @@ class Layer:
     def inputs(self, M: int) -> list[Tensor]:
         return [torch.randn(M, self.K, device=self.machine.device).to(DTYPE) for _ in range(8)]
 
-    def small_m(self, M: int, cut: Plan | None = None, launch: Launch | None = None) -> list[Call]:
+    def small_m(
+        self, M: int, cut: Plan | None = None, launch: Launch | None = None, overlap: bool = False
+    ) -> list[Call]:
         """Calls of the kernel for few rows, one for each copy of the weight."""
-        x = cycle(self.inputs(M))
-        return [
-            partial(self.machine.small_m, next(x), fragments, metadata, self.N, cut=cut, launch=launch)
-            for fragments, metadata in self.packed
-        ]
+        x, call = cycle(self.inputs(M)), partial(self.machine.small_m, cut=cut, launch=launch, overlap=overlap)
+        return [partial(call, next(x), fragments, metadata, self.N) for fragments, metadata in self.packed]
 
     def expanded(self, x: Tensor, fragments: Tensor, metadata: Tensor) -> Tensor:
         return linear(x, self.machine.expand(fragments, metadata, self.N, self.K))
@@ -81,6 +83,8 @@ class Layer:
             "cublas": [partial(linear, next(x), dense) for dense in self.dense],
             "small_m": self.small_m(M),
         }
+        if self.machine.capability >= (9, 0):
+            found["small_m overlapping"] = self.small_m(M, overlap=True)
         if M > 64:
             found["expanded"] = [partial(self.expanded, next(x), *packed) for packed in self.packed]
         if self.compressed:

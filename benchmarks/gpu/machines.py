@@ -62,6 +62,7 @@ class Rehearsal:
         w_scale: Tensor | None = None,
         dtype: torch.dtype | None = None,
         cut: Plan | None = None,
+        overlap: bool = False,
         launch: Launch | None = None,
     ) -> Tensor:
         y = x.float() @ Rehearsal.expand(fragments, metadata, out_features, x.shape[1]).float().T

@@ -72,7 +72,7 @@ def relative_error(y: Tensor, x: Tensor, dense: Tensor, bias: Tensor, scales: Te
 
 
 SHAPES = [
-    *[(1, 16, 64), (3, 1, 8), (8, 136, 1032), (2, 20, 4200), (9, 40, 72)],
+    *[(1, 16, 64), (3, 1, 8), (8, 136, 2056), (2, 20, 4200), (9, 40, 72)],
     *[(17, 330, 576), (33, 150, 200), (64, 300, 640), (70, 48, 264)],
 ]
 
@@ -91,9 +91,9 @@ def test_small_m_against_float64(
 
 
 def test_the_result_does_not_depend_on_the_order_of_blocks(emulation: Emulation) -> None:
-    layer = random_layer(40, 1024, torch.bfloat16)
-    x, packed = torch.randn(3, 1024).bfloat16(), to_fragments(layer.values, layer.bitmask)
-    cut = plan(3, 40, 1024, 132)
+    layer = random_layer(40, 4096, torch.bfloat16)
+    x, packed = torch.randn(3, 4096).bfloat16(), to_fragments(layer.values, layer.bitmask)
+    cut = plan(3, 40, 4096, 132)
     assert cut.splits == 4
     results = [emulated(emulation, x, packed, 40, cut, seed=seed) for seed in range(4)]
     assert all(torch.equal(results[0], result) for result in results)
@@ -150,7 +150,10 @@ def test_expand(emulation: Emulation, rows: int, columns: int, dtype: torch.dtyp
     assert torch.equal(expand(*packed, rows, columns, launch=Launcher(emulation, packed)), layer.dense)
 
 
-VARIANTS_TO_TUNE = [Variant(1, depth=8), Variant(2, row_tiles=2), Variant(1, warps=4, row_tiles=2), Variant(8, depth=2)]
+VARIANTS_TO_TUNE = [
+    *[Variant(1, depth=8), Variant(1, warps_k=8), Variant(2, row_tiles=2), Variant(1, warps=4, warps_k=4, row_tiles=2)],
+    *[Variant(4, row_tiles=2, warps_k=2, depth=2), Variant(8, depth=2)],
+]
 
 
 @pytest.mark.slow

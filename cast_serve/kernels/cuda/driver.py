@@ -28,14 +28,43 @@ class Kernels:
             self._module = _check(driver.cuModuleLoadData(code))
         self._functions: dict[str, Any] = {}
 
-    def launch(self, name: str, grid: tuple[int, int, int], threads: int, arguments: ctypes.Structure) -> None:
-        """Launch on the current stream of the current device a kernel whose one parameter is `arguments`."""
+    def launch(
+        self,
+        name: str,
+        grid: tuple[int, int, int],
+        threads: int,
+        arguments: ctypes.Structure,
+        overlap: bool = False,
+    ) -> None:
+        """Launch on the current stream of the current device a kernel whose one parameter is `arguments`.
+
+        Args:
+            overlap: let it begin before the stream's previous kernel has ended (sm_90 and newer): it waits by itself,
+                with griddepcontrol.wait.
+        """
         function = self._functions.get(name)
         if function is None:
             function = self._functions[name] = _check(self._driver.cuModuleGetFunction(self._module, name.encode()))
         parameters = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
         stream = torch.cuda.current_stream().cuda_stream
-        _check(self._driver.cuLaunchKernel(function, *grid, threads, 1, 1, 0, stream, ctypes.addressof(parameters), 0))
+        if overlap:
+            config = self._overlapping(grid, threads, stream)
+            _check(self._driver.cuLaunchKernelEx(config, function, ctypes.addressof(parameters), 0))
+        else:
+            where = (*grid, threads, 1, 1, 0, stream)
+            _check(self._driver.cuLaunchKernel(function, *where, ctypes.addressof(parameters), 0))
+
+    def _overlapping(self, grid: tuple[int, int, int], threads: int, stream: int) -> Any:
+        driver = self._driver
+        attribute = driver.CUlaunchAttribute()
+        attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        attribute.value.programmaticStreamSerializationAllowed = 1
+        config = driver.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = grid
+        config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
+        config.hStream = driver.CUstream(stream)
+        config.attrs, config.numAttrs = [attribute], 1
+        return config
 
 
 def _check(result: tuple[Any, ...]) -> Any:

@@ -19,16 +19,16 @@ TYPES = {
 }
 """By dtypes of weight and y."""
 
-Launch = Callable[[Types, str, tuple[int, int, int], int, ctypes.Structure], None]
-"""Of the kernel with this name: types, name, grid, threads in a block, arguments."""
+Launch = Callable[[Types, str, tuple[int, int, int], int, ctypes.Structure, bool], None]
+"""Of the kernel with this name: types, name, grid, threads in a block, arguments, overlap."""
 
 
 def launch_on_gpu(
-    types: Types, name: str, grid: tuple[int, int, int], threads: int, arguments: ctypes.Structure
+    types: Types, name: str, grid: tuple[int, int, int], threads: int, arguments: ctypes.Structure, overlap: bool
 ) -> None:
     from cast_serve.kernels.cuda.driver import kernels
 
-    kernels(source(types), torch.cuda.current_device()).launch(name, grid, threads, arguments)
+    kernels(source(types), torch.cuda.current_device()).launch(name, grid, threads, arguments, overlap)
 
 
 def small_m_linear(
@@ -42,6 +42,7 @@ def small_m_linear(
     w_scale: Tensor | None = None,
     dtype: torch.dtype | None = None,
     cut: Plan | None = None,
+    overlap: bool = False,
     launch: Launch | None = None,
 ) -> Tensor:
     """Multiply by a weight in the layout of `layout.to_fragments`, reading it once for each 64 rows of x.
@@ -53,6 +54,8 @@ def small_m_linear(
         x_scale: [M], w_scale: [out_features], float32: y is multiplied by both. 8-bit types only, which need them.
         dtype: of y, bfloat16 or float16; default x's.
         cut: the call cut into blocks, default `plan`'s.
+        overlap: begin to read the weight while the stream's previous kernel still runs (sm_90 and newer), which must
+            not be one that writes the weight.
 
     Returns:
         [M, out_features], sums in float32 or int32. Nothing waits for the GPU; memory comes from torch's allocator.
@@ -78,7 +81,7 @@ def small_m_linear(
         *(M, out_features, K, cut.row_tiles, cut.steps, cut.steps_per_split),
     )
     (launch or launch_on_gpu)(
-        TYPES[fragments.dtype, y.dtype], cut.variant.name, cut.grid, 32 * cut.variant.warps, arguments
+        TYPES[fragments.dtype, y.dtype], cut.variant.name, cut.grid, 32 * cut.variant.warps, arguments, overlap
     )
     return y
 
@@ -102,7 +105,7 @@ def expand(
     pointers = (fragments.data_ptr(), metadata.data_ptr(), dense.data_ptr())
     arguments = ExpandArguments(*pointers, out_features, columns, row_tiles, steps)
     types = TYPES[fragments.dtype, fragments.dtype]
-    (launch or launch_on_gpu)(types, "expand", (-(-2 * row_tiles * steps // 8), 1, 1), 256, arguments)
+    (launch or launch_on_gpu)(types, "expand", (-(-2 * row_tiles * steps // 8), 1, 1), 256, arguments, False)
     return dense
 
 

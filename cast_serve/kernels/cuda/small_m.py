@@ -27,6 +27,7 @@ class Variant:
         column_tiles: rows of x in a block, by 8.
         row_tiles: weight tiles of 16 rows in a warp.
         warps: in a block.
+        warps_k: of these, how many share the columns of a weight tile; the others have tiles of their own.
         depth: steps of 64 columns that are on their way from memory.
         blocks: of a multiprocessor, for which registers are shared out.
     """
@@ -34,24 +35,25 @@ class Variant:
     column_tiles: int
     row_tiles: int = 1
     warps: int = 8
+    warps_k: int = 1
     depth: int = 4
     blocks: int = 2
 
     @property
     def name(self) -> str:
-        arguments = (self.column_tiles, self.row_tiles, self.warps, self.depth, self.blocks)
+        arguments = (self.column_tiles, self.row_tiles, self.warps, self.warps_k, self.depth, self.blocks)
         return "small_m_" + "_".join(map(str, arguments))
 
     def macro(self, types: Types) -> str:
         return (
             f"CAST24_SMALL_M({self.name}, {types.weight}, {types.output}, {self.column_tiles}, {self.row_tiles}, "
-            f"{self.warps}, {self.depth}, {self.blocks})"
+            f"{self.warps}, {self.warps_k}, {self.depth}, {self.blocks})"
         )
 
 
 VARIANTS = (
-    Variant(1),
-    Variant(2),
+    Variant(1, warps_k=4, blocks=3),
+    Variant(2, warps_k=2),
     Variant(4),
     Variant(8, row_tiles=2, warps=4, depth=2, blocks=3),
 )
@@ -146,10 +148,10 @@ def plan(
     if variant is None:
         variant = next((v for v in VARIANTS if 8 * v.column_tiles >= M), VARIANTS[-1])
     row_tiles, steps = -(-N // ROWS), -(-K // STEP)
-    along_n = -(-row_tiles // (variant.row_tiles * variant.warps))
+    along_n = -(-row_tiles * variant.warps_k // (variant.row_tiles * variant.warps))
     along_m = -(-M // (8 * variant.column_tiles))
     if splits is None:
         splits = variant.blocks * multiprocessors // (along_n * along_m)
-    splits = max(1, min(splits, steps // variant.depth))
+    splits = max(1, min(splits, steps // (variant.depth * variant.warps_k)))
     steps_per_split = -(-steps // splits)
     return Plan(variant, (along_n, -(-steps // steps_per_split), along_m), row_tiles, steps, steps_per_split)

@@ -47,7 +47,13 @@ class Launcher:
         self.reads: list[Tensor] = []
 
     def __call__(
-        self, types: Types, name: str, grid: tuple[int, int, int], threads: int, arguments: ctypes.Structure
+        self,
+        types: Types,
+        name: str,
+        grid: tuple[int, int, int],
+        threads: int,
+        arguments: ctypes.Structure,
+        overlap: bool,
     ) -> None:
         # a view's rows may have gaps between them
         sizes = [

@@ -4,10 +4,11 @@
 // tiles or one, with one word of metadata per lane. The weight is stored in the order of the fragments (layout.py), so
 // that a lane reads its 16 bytes of a tile with one load, and a warp 512 contiguous bytes.
 //
-// A block takes kWarps x kRowTiles weight tiles downwards and, along K, the steps of its split. Weights go from memory
-// straight into registers, kDepth steps ahead; x goes through shared memory, in the order of operand B. Splits of K leave
-// float32 partial sums, and the last block to arrive adds them up in the order of the splits: the result does not depend
-// on who was last.
+// A block takes kWarps / kWarpsK x kRowTiles weight tiles downwards and, along K, the steps of its split, which kWarpsK
+// warps share in turn. Weights go from memory straight into registers, kDepth steps ahead; x goes through shared memory,
+// in the order of operand B. Warps that share K add up their sums through shared memory. Splits of K leave partial sums in
+// global memory, and the last block to arrive adds them up in the order of the splits: the result does not depend on who
+// was last.
 #pragma once
 
 namespace cast24 {
@@ -70,16 +71,14 @@ __device__ __forceinline__ void stage_x(Stage<kColumnTiles>& stage, const Linear
     const int g = (c >> 2 & 1) + 2 * (rest & 3), column_tile = (rest >> 2) % kColumnTiles;
     const int tile = tile_low + 4 * ((rest >> 2) / kColumnTiles);
     const int row = first_row + 8 * column_tile + g, byte = start + 64 * tile + 16 * i;
+    if (row >= arg.M) continue;  // a column of B is nobody's but its own
     uint4 v = make_uint4(0, 0, 0, 0);
-    if (row < arg.M && byte < row_bytes) {
-      // an 8-bit row may end in the middle of a chunk
-      if (byte + 16 <= row_bytes) {
-        v = load(reinterpret_cast<const uint4*>(arg.x + row * arg.x_stride + byte));
-      } else {
-        const uint2 half = load(reinterpret_cast<const uint2*>(arg.x + row * arg.x_stride + byte));
-        v.x = half.x;
-        v.y = half.y;
-      }
+    if (byte + 16 <= row_bytes) {
+      v = load(reinterpret_cast<const uint4*>(arg.x + row * arg.x_stride + byte));
+    } else if (byte < row_bytes) {  // an 8-bit row may end in the middle of a chunk
+      const uint2 half = load(reinterpret_cast<const uint2*>(arg.x + row * arg.x_stride + byte));
+      v.x = half.x;
+      v.y = half.y;
     }
     unsigned* at = words + ((column_tile * Stage<kColumnTiles>::kTiles + tile) * kTileStride + 4 * g) * 4 + i;
     at[0] = v.x;
@@ -116,17 +115,17 @@ __device__ __forceinline__ void add_bits(int (&s)[4], const uint4& v) {
   s[3] += static_cast<int>(v.w);
 }
 
-// Grid: (ceil(row_tiles / (kWarps kRowTiles)), splits, ceil(M / (8 kColumnTiles))), blocks of 32 kWarps threads.
-template <class T, class Out, int kColumnTiles, int kRowTiles, int kWarps, int kDepth>
+// Grid: (ceil(row_tiles kWarpsK / (kWarps kRowTiles)), splits, ceil(M / (8 kColumnTiles))), blocks of 32 kWarps threads.
+template <class T, class Out, int kColumnTiles, int kRowTiles, int kWarps, int kWarpsK, int kDepth>
 __device__ __forceinline__ void small_m_linear(const LinearArguments& arg) {
   using Sum = typename Traits<T>::Sum;
   constexpr int kTiles = Traits<T>::kTiles;
   constexpr int kStageSteps = Stage<kColumnTiles>::kTiles / kTiles;
-  static_assert(kStageSteps % kDepth == 0, "a stage is a whole number of rounds of the pipeline");
+  static_assert(kStageSteps % (kDepth * kWarpsK) == 0, "a stage is a whole number of rounds of the pipeline");
   __shared__ Stage<kColumnTiles> stage;
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int first_tile = (blockIdx.x * kWarps + warp) * kRowTiles;
+  const int along_k = warp % kWarpsK, first_tile = (blockIdx.x * (kWarps / kWarpsK) + warp / kWarpsK) * kRowTiles;
   const int row_tiles = min(kRowTiles, arg.row_tiles - first_tile);  // of this warp; none if not positive
   const int begin = blockIdx.y * arg.steps_per_split, end = min(begin + arg.steps_per_split, arg.steps);
   const int first_row = blockIdx.z * (8 * kColumnTiles);
@@ -145,33 +144,60 @@ __device__ __forceinline__ void small_m_linear(const LinearArguments& arg) {
     }
   };
 #pragma unroll
-  for (int slot = 0; slot < kDepth; ++slot) fetch(slot, begin + slot);
+  for (int slot = 0; slot < kDepth; ++slot) fetch(slot, begin + slot * kWarpsK + along_k);
+  // Only the weight may be read before this: it was there long ago.
+  let_next_begin();
+  wait_for_previous();
 
   Sum sum[kRowTiles][kColumnTiles][4] = {};
-  for (int step = begin; step < end; step += kDepth) {
-    const int staged = (step - begin) % kStageSteps;
+  for (int round = begin; round < end; round += kDepth * kWarpsK) {
+    const int staged = (round - begin) % kStageSteps;
     if (staged == 0) {
       __syncthreads();
-      stage_x<kColumnTiles, 32 * kWarps>(stage, arg, first_row, step * kTiles * 64, arg.K * Traits<T>::kBytes,
-                                         min(kStageSteps, end - step) * kTiles);
+      stage_x<kColumnTiles, 32 * kWarps>(stage, arg, first_row, round * kTiles * 64, arg.K * Traits<T>::kBytes,
+                                         min(kStageSteps, end - round) * kTiles);
       __syncthreads();
     }
 #pragma unroll
     for (int slot = 0; slot < kDepth; ++slot) {
-      if (step + slot < end) {
+      const int ahead = slot * kWarpsK + along_k, step = round + ahead;
+      if (step < end) {
 #pragma unroll
         for (int c = 0; c < kColumnTiles; ++c) {
           uint4 b[kTiles];
 #pragma unroll
           for (int h = 0; h < kTiles; ++h)
-            b[h] = stage.tiles[(c * Stage<kColumnTiles>::kTiles + (staged + slot) * kTiles + h) * kTileStride + lane];
+            b[h] = stage.tiles[(c * Stage<kColumnTiles>::kTiles + (staged + ahead) * kTiles + h) * kTileStride + lane];
 #pragma unroll
           for (int r = 0; r < kRowTiles; ++r)
             if (r < row_tiles) multiply(T(), sum[r][c], a[slot][r], b, e[slot][r]);
         }
-        fetch(slot, step + slot + kDepth);
+        fetch(slot, step + kDepth * kWarpsK);
       }
     }
+  }
+
+  // Sums of the warps that share K: each of them goes on with some of the tiles.
+  auto mine = [&](int r, int c) { return r < row_tiles && (r * kColumnTiles + c) % kWarpsK == along_k; };
+  if constexpr (kWarpsK > 1) {
+    static_assert(kWarps * kRowTiles * kColumnTiles * 32 <= 64 * kTileStride, "sums take the place of the stage");
+    __syncthreads();
+#pragma unroll
+    for (int r = 0; r < kRowTiles; ++r)
+#pragma unroll
+      for (int c = 0; c < kColumnTiles; ++c)
+        stage.tiles[((warp * kRowTiles + r) * kColumnTiles + c) * 32 + lane] = bits_of(sum[r][c]);
+    __syncthreads();
+#pragma unroll
+    for (int r = 0; r < kRowTiles; ++r)
+#pragma unroll
+      for (int c = 0; c < kColumnTiles; ++c) {
+        if (!mine(r, c)) continue;
+        for (int i = 0; i < 4; ++i) sum[r][c][i] = 0;
+#pragma unroll
+        for (int k = 0; k < kWarpsK; ++k)
+          add_bits(sum[r][c], stage.tiles[(((warp - along_k + k) * kRowTiles + r) * kColumnTiles + c) * 32 + lane]);
+      }
   }
 
   // Lane 4 g + t has rows g and g + 8 of the weight tile, columns 2 t and 2 t + 1 of the column tile: rows of x.
@@ -187,7 +213,7 @@ __device__ __forceinline__ void small_m_linear(const LinearArguments& arg) {
     for (int r = 0; r < kRowTiles; ++r)
 #pragma unroll
       for (int c = 0; c < kColumnTiles; ++c)
-        if (r < row_tiles && row + 8 * c < arg.M) *partial(blockIdx.y, r, c) = bits_of(sum[r][c]);
+        if (mine(r, c) && row + 8 * c < arg.M) *partial(blockIdx.y, r, c) = bits_of(sum[r][c]);
     if (!last_to_arrive(arg.counters + blockIdx.z * gridDim.x + blockIdx.x, splits)) return;
 #pragma unroll
     for (int r = 0; r < kRowTiles; ++r)
@@ -200,7 +226,7 @@ __device__ __forceinline__ void small_m_linear(const LinearArguments& arg) {
       for (int r = 0; r < kRowTiles; ++r)
 #pragma unroll
         for (int c = 0; c < kColumnTiles; ++c)
-          if (r < row_tiles && row + 8 * c < arg.M) add_bits(sum[r][c], load_shared_by_blocks(partial(split, r, c)));
+          if (mine(r, c) && row + 8 * c < arg.M) add_bits(sum[r][c], load_shared_by_blocks(partial(split, r, c)));
   }
 #pragma unroll
   for (int r = 0; r < kRowTiles; ++r) {
@@ -216,7 +242,7 @@ __device__ __forceinline__ void small_m_linear(const LinearArguments& arg) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           const int m = row + 8 * c + i;
-          if (m >= arg.M) continue;
+          if (m >= arg.M || !mine(r, c)) continue;
           float v = static_cast<float>(sum[r][c][2 * half + i]);
           if constexpr (kTiles == 1) v *= scale * arg.x_scale[m];
           arg.y[static_cast<long long>(m) * arg.N + n] = from_float(Out(), v + bias);
@@ -227,7 +253,7 @@ __device__ __forceinline__ void small_m_linear(const LinearArguments& arg) {
 
 }  // namespace cast24
 
-#define CAST24_SMALL_M(name, T, Out, column_tiles, row_tiles, warps, depth, blocks)                            \
+#define CAST24_SMALL_M(name, T, Out, column_tiles, row_tiles, warps, warps_k, depth, blocks)                   \
   extern "C" __global__ void __launch_bounds__(32 * warps, blocks) name(const cast24::LinearArguments arg) {   \
-    cast24::small_m_linear<cast24::T, cast24::Out, column_tiles, row_tiles, warps, depth>(arg);                \
+    cast24::small_m_linear<cast24::T, cast24::Out, column_tiles, row_tiles, warps, warps_k, depth>(arg);       \
   }

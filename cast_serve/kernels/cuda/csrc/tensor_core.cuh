@@ -78,6 +78,21 @@ __device__ __forceinline__ unsigned short from_float(Fp16, float v) {
   return bits;
 }
 
+// Lets the next kernel of the stream begin, as far as it does not wait, if it was launched to overlap.
+__device__ __forceinline__ void let_next_begin() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// Waits until the stream's earlier kernels have ended and all that they wrote is visible: before the first access to
+// anything that they write, or may still read where this kernel writes.
+__device__ __forceinline__ void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // True in all threads of the block that is the last of `blocks` to call this on `counter`; what the others wrote before
 // is then visible to it. The counter is 0 before and after.
 __device__ __forceinline__ bool last_to_arrive(unsigned* counter, unsigned blocks) {
