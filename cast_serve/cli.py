@@ -10,7 +10,7 @@ from conversion.errors import InputError, Interrupted
 COMMANDS = "cast.commands"
 # What serve does not know goes on to the engine.
 PASSING = {"serve": {"allow_extra_args": True, "ignore_unknown_options": True}}
-ORDER = ["train", "convert", "serve", "bench", "eval", "pipeline", "info", "scaling-law"]
+ORDER = ["train", "convert", "serve", "bench", "eval", "pipeline", "info", "tune", "scaling-law"]
 
 
 def build_app() -> typer.Typer:

@@ -6,9 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.machines import Machine
 from cast_serve.kernels.cuda import cusparselt
-from cast_serve.kernels.cuda.layout import to_fragments
+from cast_serve.kernels.cuda.measurement import Gpu, Weight, random_values
 
 SHAPES = [
     *[(1, 16, 64), (1, 1, 8), (3, 24, 72), (8, 136, 1032), (9, 40, 200), (16, 330, 576), (17, 576, 1536)],
@@ -18,24 +17,6 @@ SHAPES = [
 TINY_SHAPES = SHAPES[:5]
 
 
-class Weight:
-    """A random 2:4 weight [N, K], made on the device: in fragments, and dense as float32."""
-
-    def __init__(self, N: int, K: int, dtype: torch.dtype, device: torch.device) -> None:
-        values = random_values(N, K // 2, dtype, device)
-        kept = torch.rand(N, K // 4, 4, device=device).topk(2).indices.sort(-1).values
-        dense = torch.zeros(N, K // 4, 4, device=device).scatter_(-1, kept, values.float().view(N, K // 4, 2))
-        nibbles = (1 << kept).sum(-1).view(N, K // 8, 2)
-        self.dense = dense.view(N, K)
-        self.packed = to_fragments(values, (nibbles[..., 0] | nibbles[..., 1] << 4).to(torch.uint8))
-
-
-def random_values(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Normal ones; those of 8-bit types use most of the type's range."""
-    values = torch.randn(rows, columns, device=device)
-    return (values * 24).clamp(-127, 127).to(dtype) if dtype.itemsize == 1 else values.to(dtype)
-
-
 def relative_error(y: Tensor, x: Tensor, dense: Tensor, bias: Tensor, scales: Tensor | float = 1.0) -> float:
     """The largest error over the magnitude of its terms; infinite where there is a NaN."""
     x, dense, bias = x.double(), dense.double(), bias.double()
@@ -43,14 +24,14 @@ def relative_error(y: Tensor, x: Tensor, dense: Tensor, bias: Tensor, scales: Te
     return ((y.double() - expected).abs() / magnitude).nan_to_num(torch.inf).max().item()
 
 
-def small_m_error(machine: Machine, M: int, N: int, K: int, dtype: torch.dtype) -> float:
+def small_m_error(machine: Gpu, M: int, N: int, K: int, dtype: torch.dtype) -> float:
     device = machine.device
     weight, x = Weight(N, K, dtype, device), random_values(M, K, dtype, device)
     bias = torch.randn(N, device=device).to(dtype)
     return relative_error(machine.small_m(x, *weight.packed, N, bias), x, weight.dense, bias)
 
 
-def small_m_8_bit_error(machine: Machine, M: int, N: int, K: int, dtype: torch.dtype) -> float:
+def small_m_8_bit_error(machine: Gpu, M: int, N: int, K: int, dtype: torch.dtype) -> float:
     device = machine.device
     weight, x = Weight(N, K, dtype, device), random_values(M, K, dtype, device)
     x_scale, w_scale = torch.rand(M, device=device), torch.rand(N, device=device) / 1000
@@ -59,12 +40,12 @@ def small_m_8_bit_error(machine: Machine, M: int, N: int, K: int, dtype: torch.d
     return relative_error(y, x, weight.dense, bias, x_scale.double()[:, None] * w_scale.double())
 
 
-def expand_error(machine: Machine, M: int, N: int, K: int, dtype: torch.dtype) -> float:
+def expand_error(machine: Gpu, M: int, N: int, K: int, dtype: torch.dtype) -> float:
     weight = Weight(N, K, dtype, machine.device)
     return (machine.expand(*weight.packed, N, K).float() - weight.dense).abs().nan_to_num(torch.inf).max().item()
 
 
-def cusparselt_error(machine: Machine, M: int, N: int, K: int, dtype: torch.dtype) -> float:
+def cusparselt_error(machine: Gpu, M: int, N: int, K: int, dtype: torch.dtype) -> float:
     if not cusparselt.fits(N, K):
         return 0.0
     device = machine.device
@@ -74,7 +55,7 @@ def cusparselt_error(machine: Machine, M: int, N: int, K: int, dtype: torch.dtyp
     return relative_error(cusparselt.linear(x, compressed, bias), x, weight.dense, bias)
 
 
-def tile_map(machine: Machine, dtype: torch.dtype) -> dict[str, Any]:
+def tile_map(machine: Gpu, dtype: torch.dtype) -> dict[str, Any]:
     """The weight of one step as the kernel sees it (x is the identity); if that is wrong, an x where it is."""
     weight, x = Weight(16, 64, dtype, machine.device), torch.eye(64).to(machine.device, dtype)
     scales = {"x_scale": torch.ones(64).to(machine.device), "w_scale": torch.ones(16).to(machine.device)}
@@ -87,7 +68,7 @@ def tile_map(machine: Machine, dtype: torch.dtype) -> dict[str, Any]:
     return {"right": False, "where": pattern, "seen": seen.tolist(), "weight": weight.dense.tolist()}
 
 
-def same_again(machine: Machine) -> bool:
+def same_again(machine: Gpu) -> bool:
     """Whether 50 calls whose K is split give the same bits."""
     device = machine.device
     weight, x = Weight(264, 4096, torch.bfloat16, device), torch.randn(5, 4096).to(device, torch.bfloat16)
@@ -95,13 +76,13 @@ def same_again(machine: Machine) -> bool:
     return all(torch.equal(machine.small_m(x, *weight.packed, 264), first) for _ in range(50))
 
 
-def tile_dtypes(machine: Machine) -> list[torch.dtype]:
+def tile_dtypes(machine: Gpu) -> list[torch.dtype]:
     """Dtypes of weights that the machine has kernels for."""
     has_fp8 = machine.capability >= (8, 9)
     return [torch.bfloat16, torch.float16, torch.int8, *([torch.float8_e4m3fn] if has_fp8 else [])]
 
 
-def correctness(machine: Machine, shapes: list[tuple[int, int, int]]) -> dict[str, Any]:
+def correctness(machine: Gpu, shapes: list[tuple[int, int, int]]) -> dict[str, Any]:
     """Every error with its limit, the tiles as the kernel sees them, and whether all is well."""
     wide = [torch.bfloat16, torch.float16]
     kinds: list[tuple[str, Callable[..., float], list[torch.dtype], float | None]] = [

@@ -1,28 +1,25 @@
 """`python -m benchmarks.gpu.kernels`: the GPU kernels, right first and fast second.
 
 In this order, each part written to a JSON file of its own as it ends: correctness at odd shapes; decode (1 to 64 rows
-of x) beside cuBLAS and cuSPARSELt; CUDA graphs, streams and torch.compile; prefill; other cuts of the kernel for few
-rows. Weights are read from memory: every call has its own copy, and copies are several times the second-level cache.
+of x) beside cuBLAS, on a dense weight, and cuSPARSELt; CUDA graphs, streams and torch.compile; prefill; other cuts of
+the kernel for few rows. Weights are read from memory: each call has its own copy, copies are several times the cache.
 """
 
 import json
 import time
-from collections.abc import Callable
 from functools import partial
-from itertools import cycle
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 from torch import Tensor
-from torch.nn.functional import linear
 
 from benchmarks.gpu.kernel_checks import SHAPES as ODD_SHAPES
-from benchmarks.gpu.kernel_checks import TINY_SHAPES, Weight, correctness
-from benchmarks.gpu.machines import Gpu, Machine, Rehearsal
+from benchmarks.gpu.kernel_checks import TINY_SHAPES, correctness
+from benchmarks.gpu.machines import Rehearsal
 from cast_serve.kernels.cuda import cusparselt, torch_ops
-from cast_serve.kernels.cuda.linear import Launch
+from cast_serve.kernels.cuda.measurement import Candidate, Gpu, Layer, Weight
 from cast_serve.kernels.cuda.small_m import VARIANTS, Plan, Variant, plan
 
 SHAPES = [(4096, 4096), (11008, 4096), (4096, 11008), (14336, 4096)]
@@ -42,84 +39,31 @@ CUTS = [
 ]
 DTYPE = torch.bfloat16
 
-Call = Callable[[], object]
 Shape = tuple[int, int]
 
 
-class Layer:
-    """Copies of one weight [N, K] in every form."""
-
-    def __init__(self, N: int, K: int, machine: Machine) -> None:
-        self.N, self.K, self.machine = N, K, machine
-        first = Weight(N, K, DTYPE, machine.device)
-        dense = first.dense.to(DTYPE)
-        self.dense_bytes, self.packed_bytes = dense.nbytes, sum(part.nbytes for part in first.packed)
-        self.dense = [dense.clone() for _ in range(machine.copies(dense.nbytes))]
-        fragments, metadata = first.packed
-        count = machine.copies(self.packed_bytes)
-        self.packed = [(fragments.clone(), metadata.clone()) for _ in range(count)]
-        self.compressed: list[Tensor] = []
-        if machine.has_cusparselt:
-            compressed = cusparselt.compress(dense)
-            self.compressed = [compressed.clone() for _ in range(machine.copies(compressed.nbytes))]
-
-    def inputs(self, M: int) -> list[Tensor]:
-        return [torch.randn(M, self.K, device=self.machine.device).to(DTYPE) for _ in range(8)]
-
-    def small_m(
-        self, M: int, cut: Plan | None = None, launch: Launch | None = None, overlap: bool = False
-    ) -> list[Call]:
-        """Calls of the kernel for few rows, one for each copy of the weight."""
-        x, call = cycle(self.inputs(M)), partial(self.machine.small_m, cut=cut, launch=launch, overlap=overlap)
-        return [partial(call, next(x), fragments, metadata, self.N) for fragments, metadata in self.packed]
-
-    def expanded(self, x: Tensor, fragments: Tensor, metadata: Tensor) -> Tensor:
-        return linear(x, self.machine.expand(fragments, metadata, self.N, self.K))
-
-    def candidates(self, M: int) -> dict[str, list[Call]]:
-        """Calls by name, one for each copy of the weight."""
-        x = cycle(self.inputs(M))
-        found: dict[str, list[Call]] = {
-            "cublas": [partial(linear, next(x), dense) for dense in self.dense],
-            "small_m": self.small_m(M),
-        }
-        if self.machine.capability >= (9, 0):
-            found["small_m overlapping"] = self.small_m(M, overlap=True)
-        if M > 64:
-            found["expanded"] = [partial(self.expanded, next(x), *packed) for packed in self.packed]
-        if self.compressed:
-            try:
-                algorithm = cusparselt.search(next(x), self.compressed[0])
-            except RuntimeError:
-                algorithm = 0
-            found["cusparselt"] = [
-                partial(cusparselt.linear, next(x), compressed, None, algorithm) for compressed in self.compressed
-            ]
-        return found
-
-    def weight_bytes(self, name: str) -> int:
-        return self.dense_bytes if name == "cublas" else self.packed_bytes
-
-
-def race(machine: Machine, shapes: list[Shape], batches: list[int], bandwidth: float) -> list[dict[str, Any]]:
-    """Seconds of every candidate, its speed-up over cuBLAS, and its weight's bytes/s as a part of the copy's."""
+def race(machine: Gpu, shapes: list[Shape], batches: list[int], bandwidth: float) -> list[dict[str, Any]]:
+    """Seconds of every candidate, its speed-up over dense, and its weight's bytes/s as a part of the copy's."""
     records: list[dict[str, Any]] = []
     for N, K in shapes:
         layer = Layer(N, K, machine)
         for M in batches:
+            candidates = layer.candidates(M)
+            if machine.capability >= (9, 0):
+                candidates["small_m overlapping"] = Candidate(layer.small_m(M, overlap=True), layer.packed_bytes)
             seconds: dict[str, float] = {}
             failures: dict[str, str] = {}
-            for name, calls in layer.candidates(M).items():
+            for name, candidate in candidates.items():
                 try:
-                    seconds[name] = machine.seconds(calls)
+                    seconds[name] = machine.seconds(candidate.calls)
                 except RuntimeError as failure:
                     failures[name] = str(failure)
-            rates = {name: layer.weight_bytes(name) / taken for name, taken in seconds.items()}
-            speedup = {name: seconds["cublas"] / taken for name, taken in seconds.items() if "cublas" in seconds}
+            rates = {name: candidates[name].weight_bytes / taken for name, taken in seconds.items()}
+            speedup = {name: seconds["dense"] / taken for name, taken in seconds.items() if "dense" in seconds}
             of_copy = {name: rate / bandwidth for name, rate in rates.items()}
             records.append(
                 {"M": M, "N": N, "K": K, "seconds": seconds, "failures": failures}
-                | {"speedup_over_cublas": speedup, "of_copy_bandwidth": of_copy}
+                | {"speedup_over_dense": speedup, "of_copy_bandwidth": of_copy}
             )
             results = [
                 f"{name} {taken * 1e6:.1f} us ({rates[name] / 1e9:.0f} GB/s, x {speedup.get(name, 0):.2f})"
@@ -185,7 +129,7 @@ def graphs(machine: Gpu) -> dict[str, Any]:
 
 
 def cuts(
-    machine: Machine, shapes: list[Shape], batches: list[int], bandwidth: float, deadline: float
+    machine: Gpu, shapes: list[Shape], batches: list[int], bandwidth: float, deadline: float
 ) -> list[dict[str, Any]]:
     """Seconds of the kernel for few rows cut otherwise: other template arguments, other splits of K."""
     variants = tuple(dict.fromkeys((*VARIANTS, *CUTS)))
@@ -239,7 +183,7 @@ def main(
     bandwidth = machine.bandwidth()
     print(f"copy: {bandwidth / 1e9:.0f} GB/s", flush=True)
     write("decode", {"copy_bandwidth": bandwidth, "records": race(machine, shapes, DECODE, bandwidth)})
-    in_graphs = graphs(machine) if isinstance(machine, Gpu) else {"ok": True}
+    in_graphs = {"ok": True} if tiny else graphs(machine)
     write("graphs", in_graphs)
     if time.monotonic() - start < seconds:
         batches = PREFILL[:2] if tiny else PREFILL

@@ -1,4 +1,4 @@
-"""What the kernels' checks and timings run on: the GPU, or for a rehearsal of everything around them the CPU."""
+"""A CPU in the GPU's place, to rehearse everything around the kernels."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -7,48 +7,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cast_serve.kernels.cuda import cusparselt
 from cast_serve.kernels.cuda.layout import from_fragments
-from cast_serve.kernels.cuda.linear import TYPES, Launch, expand, multiprocessors, small_m_linear
-from cast_serve.kernels.cuda.small_m import Plan, Variant, source
-from cast_serve.kernels.cuda.timing import copies, copy_bandwidth, seconds_per_call
+from cast_serve.kernels.cuda.linear import Launch
+from cast_serve.kernels.cuda.measurement import Gpu
+from cast_serve.kernels.cuda.small_m import Plan, Variant
 from conversion.packed import unpack24
 
 
-class Gpu:
-    """The current GPU."""
-
-    def __init__(self) -> None:
-        self.device = torch.device("cuda", torch.cuda.current_device())
-        self.multiprocessors = multiprocessors(self.device)
-        self.capability = torch.cuda.get_device_capability(self.device)
-        self.has_cusparselt = cusparselt.available()
-
-    small_m = staticmethod(small_m_linear)
-    expand = staticmethod(expand)
-    copies = staticmethod(copies)
-
-    def bandwidth(self) -> float:
-        return copy_bandwidth()
-
-    def seconds(self, calls: Sequence[Callable[[], object]], repeats: int = 10, budget: float = 0.05) -> float:
-        return seconds_per_call(calls, repeats=repeats, budget=budget)
-
-    def launcher(self, variants: tuple[Variant, ...], dtype: torch.dtype) -> Launch:
-        """Launches other variants than the usual ones."""
-        from cast_serve.kernels.cuda.driver import kernels
-
-        loaded = kernels(source(TYPES[dtype, dtype], variants), self.device.index)
-        return lambda _, *launch: loaded.launch(*launch)
-
-
-class Rehearsal:
+class Rehearsal(Gpu):
     """The CPU, without our kernels: products of the unpacked weight, each timed once."""
 
-    device = torch.device("cpu")
-    multiprocessors = 132
-    capability = (8, 9)
-    has_cusparselt = False
+    def __init__(self) -> None:
+        self.device = torch.device("cpu")
+        self.multiprocessors = 132
+        self.capability = (9, 0)
+        self.has_cusparselt = False
 
     @staticmethod
     def small_m(
@@ -71,7 +44,9 @@ class Rehearsal:
         return (y if bias is None else y + bias.float()).to(dtype or x.dtype)
 
     @staticmethod
-    def expand(fragments: Tensor, metadata: Tensor, out_features: int, columns: int) -> Tensor:
+    def expand(
+        fragments: Tensor, metadata: Tensor, out_features: int, columns: int, *, launch: Launch | None = None
+    ) -> Tensor:
         values, bitmask = from_fragments(fragments, metadata, out_features, columns)
         return unpack24(values.float(), bitmask).to(values.dtype)
 
@@ -82,7 +57,8 @@ class Rehearsal:
     def bandwidth(self) -> float:
         return 1e9
 
-    def seconds(self, calls: Sequence[Callable[[], object]], repeats: int = 10, budget: float = 0.05) -> float:
+    @staticmethod
+    def seconds(calls: Sequence[Callable[[], object]], *, repeats: int = 10, budget: float = 0.05) -> float:
         start = time.perf_counter()
         for call in calls:
             call()
@@ -93,6 +69,3 @@ class Rehearsal:
             raise NotImplementedError
 
         return launch
-
-
-Machine = Gpu | Rehearsal
