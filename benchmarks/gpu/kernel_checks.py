@@ -45,6 +45,14 @@ def expand_error(machine: Gpu, M: int, N: int, K: int, dtype: torch.dtype) -> fl
     return (machine.expand(*weight.packed, N, K).float() - weight.dense).abs().nan_to_num(torch.inf).max().item()
 
 
+def rounding_error(machine: Gpu, M: int, N: int, K: int, dtype: torch.dtype) -> float:
+    """Of rows of x rounded to 8 bits, relative to the row's largest value."""
+    x = torch.randn(M, K, device=machine.device).to(torch.bfloat16)
+    rounded, scale = machine.quantize_rows(x, dtype)
+    error = (rounded.float() * scale[:, None] - x.float()).abs() / x.float().abs().amax(1, keepdim=True)
+    return error.nan_to_num(torch.inf).max().item()
+
+
 def cusparselt_error(machine: Gpu, M: int, N: int, K: int, dtype: torch.dtype) -> float:
     if not cusparselt.fits(N, K):
         return 0.0
@@ -89,6 +97,7 @@ def correctness(machine: Gpu, shapes: list[tuple[int, int, int]]) -> dict[str, A
         ("small_m", small_m_error, wide, None),
         ("expand", expand_error, wide, 0.0),
         ("small_m", small_m_8_bit_error, tile_dtypes(machine)[2:], None),
+        ("rows rounded", rounding_error, tile_dtypes(machine)[2:], 1 / 16),
     ]
     if machine.has_cusparselt:
         kinds.append(("cusparselt", cusparselt_error, wide, None))

@@ -51,6 +51,12 @@ class Rehearsal(Gpu):
         return unpack24(values.float(), bitmask).to(values.dtype)
 
     @staticmethod
+    def quantize_rows(x: Tensor, dtype: torch.dtype, *, launch: Launch | None = None) -> tuple[Tensor, Tensor]:
+        scale = x.float().abs().amax(1) / torch.tensor(127.0 if dtype == torch.int8 else 448.0)
+        scaled = x.float() / scale[:, None]
+        return (scaled.round() if dtype == torch.int8 else scaled).to(dtype), scale
+
+    @staticmethod
     def copies(nbytes: int) -> int:
         return 2
 

@@ -7,6 +7,7 @@ from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, regi
 from vllm.model_executor.parameter import BasevLLMParameter, ChannelQuantScaleParameter, ModelWeightParameter
 
 from cast_serve.kernels import isa
+from cast_serve.torch_model.gpu_linear import GpuSparseLinear
 from cast_serve.torch_model.modules import PackedLinear, QuantizedLinear, SparseLinear
 from cast_serve.vllm_plugin.parameters import check_loaded, counting
 from conversion.errors import InputError
@@ -104,15 +105,17 @@ class SparseLinearMethod(LinearMethodBase):
             assert weight_scale is not None
             check_values(weight_values, quantization.values)
             check_scale(weight_scale)
-            if quantization.values is not FP8:
+            if quantization.values is not FP8 and not weight_values.is_cuda:
                 quantized = QuantizedLinear(self.columns, self.rows, bias=False)
                 group_size, floats = quantization.group_size, self.config.float_activations
                 quantized.pack(weight_values, weight_bitmask, weight_scale, group_size, float_activations=floats)
                 return quantized
-            # The CPU has no kernel for 8-bit floats. A group of 4 columns, of which 2 are kept, shares its scale.
+            # The CPU has no kernel for 8-bit floats, the GPU none for quantized values yet. A group of 4 columns, of
+            # which 2 are kept, shares its scale.
             scales = quantization.spread(weight_scale, self.columns)[:, ::2]
-            weight_values = (decode(weight_values, FP8) * scales).to(self.dtype)
-        linear = SparseLinear(self.columns, self.rows, bias=False)
+            weight_values = (decode(weight_values, quantization.values) * scales).to(self.dtype)
+        kind = GpuSparseLinear if weight_values.is_cuda else SparseLinear
+        linear = kind(self.columns, self.rows, bias=False)
         linear.pack(weight_values, weight_bitmask)
         return linear
 
@@ -121,8 +124,8 @@ class SparseLinearMethod(LinearMethodBase):
 
 
 def multiply(packed: PackedLinear, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """x [..., K] -> [..., N]. The kernels take float32 and bfloat16, so float16 passes through float32."""
-    if x.dtype == torch.float16:
+    """x [..., K] -> [..., N]. The kernels of CPUs take float32 and bfloat16, so float16 passes through float32."""
+    if x.dtype == torch.float16 and not x.is_cuda:
         return packed.multiply(x.float(), bias).to(x.dtype)
     return packed.multiply(x, bias)
 

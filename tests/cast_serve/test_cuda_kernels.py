@@ -7,7 +7,16 @@ import torch
 from torch import Tensor
 
 from cast_serve.kernels.cuda.layout import from_fragments, to_fragments
-from cast_serve.kernels.cuda.linear import TYPES, Ring, expand, in_rows_of_16_bytes, ring, small_m_linear
+from cast_serve.kernels.cuda.linear import (
+    TYPES,
+    Ring,
+    expand,
+    in_rows_of_16_bytes,
+    quantize_rows,
+    quantized_linear,
+    ring,
+    small_m_linear,
+)
 from cast_serve.kernels.cuda.small_m import VARIANTS, Plan, Variant, plan
 from conversion.errors import InputError
 from tests.cast_serve.cuda_emulation.runner import Emulation, Launcher
@@ -140,6 +149,33 @@ def test_small_m_of_8_bit_types(
     y = emulated(emulation, x, packed, rows, cut, bias, x_scale=x_scale, w_scale=w_scale, dtype=out)
     scales = x_scale.double()[:, None] * w_scale.double()
     assert relative_error(y, x, dense, bias, scales) < torch.finfo(out).eps
+
+
+@pytest.mark.parametrize("dtype", DTYPES_8_BIT)
+@pytest.mark.parametrize(("rows", "columns"), [(1, 8), (3, 72), (2, 5000)])
+def test_rows_are_rounded_with_scales_of_their_own(
+    emulation: Emulation, rows: int, columns: int, dtype: torch.dtype
+) -> None:
+    x = torch.randn(rows, columns).bfloat16() * torch.tensor([[0.01], [0.0], [100.0]])[:rows].bfloat16()
+    rounded, scale = quantize_rows(x, dtype, launch=Launcher(emulation, [x]))
+    largest = 127.0 if dtype == torch.int8 else 448.0
+    peak = x.float().abs().amax(1)
+    torch.testing.assert_close(scale, torch.where(peak > 0, peak / largest, 1.0))
+    exact = x.float() * (1 / scale)[:, None]
+    assert torch.equal(rounded.float(), exact.round() if dtype == torch.int8 else exact.to(dtype).float())
+    assert rounded.stride(0) % 16 == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES_8_BIT)
+def test_a_quantized_layer(emulation: Emulation, dtype: torch.dtype) -> None:
+    layer = random_layer(40, 200, torch.float32)
+    values, dense = (layer.values * 20).to(dtype), (layer.dense * 20).to(dtype)
+    x, scale, bias = torch.randn(11, 200).bfloat16(), torch.rand(40) / 20, torch.randn(40).bfloat16()
+    packed = to_fragments(values, layer.bitmask)
+    y = quantized_linear(x, *packed, scale, 40, bias, launch=Launcher(emulation, None))
+    assert y.dtype == x.dtype
+    expected = x.double() @ dense.double().T * scale.double() + bias.double()
+    torch.testing.assert_close(y.double(), expected, rtol=0.05, atol=0.6 if dtype == torch.int8 else 1.5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

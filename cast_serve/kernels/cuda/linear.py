@@ -7,7 +7,15 @@ import torch
 from torch import Tensor
 
 from cast_serve.kernels.cuda.layout import STEP, to_fragments
-from cast_serve.kernels.cuda.small_m import ExpandArguments, LinearArguments, Plan, Types, plan, source
+from cast_serve.kernels.cuda.small_m import (
+    ExpandArguments,
+    LinearArguments,
+    Plan,
+    QuantizeArguments,
+    Types,
+    plan,
+    source,
+)
 
 TYPES = {
     (torch.bfloat16, torch.bfloat16): Types("Bf16", "Bf16"),
@@ -107,6 +115,44 @@ def expand(
     types = TYPES[fragments.dtype, fragments.dtype]
     (launch or launch_on_gpu)(types, "expand", (-(-2 * row_tiles * steps // 8), 1, 1), 256, arguments, False)
     return dense
+
+
+def quantize_rows(x: Tensor, dtype: torch.dtype, *, launch: Launch | None = None) -> tuple[Tensor, Tensor]:
+    """Round x [M, K], bfloat16 or float16, to int8 or float8_e4m3fn: (values [M, K], scale [M] float32 of each row)."""
+    M, K = x.shape
+    # rows start at multiples of 16 bytes, as small_m_linear reads them
+    quantized = torch.empty(M, -(-K // 16) * 16, dtype=dtype, device=x.device)[:, :K]
+    scale = torch.empty(M, dtype=torch.float32, device=x.device)
+    if M > 0:
+        x = in_rows_of_16_bytes(x)
+        pointers = (x.data_ptr(), quantized.data_ptr(), scale.data_ptr())
+        arguments = QuantizeArguments(*pointers, x.stride(0), quantized.stride(0), K)
+        (launch or launch_on_gpu)(TYPES[dtype, x.dtype], "quantize_rows", (M, 1, 1), 256, arguments, False)
+    return quantized, scale
+
+
+def quantized_linear(
+    x: Tensor,
+    fragments: Tensor,
+    metadata: Tensor,
+    scale: Tensor,
+    out_features: int,
+    bias: Tensor | None = None,
+    *,
+    launch: Launch | None = None,
+) -> Tensor:
+    """Multiply by an int8 or float8_e4m3fn weight in fragments, x [M, K] rounded to the same type row by row.
+
+    Args:
+        x: bfloat16 or float16, any strides. scale: [out_features] float32, of the weight's rows.
+        bias: [out_features] of x's dtype.
+
+    Returns:
+        [M, out_features] of x's dtype.
+    """
+    rounded, x_scale = quantize_rows(x, fragments.dtype, launch=launch)
+    weight = (fragments, metadata, out_features, bias)
+    return small_m_linear(rounded, *weight, x_scale=x_scale, w_scale=scale, dtype=x.dtype, launch=launch)
 
 
 def prepack(values: Tensor, bitmask: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from torch.nn.functional import linear
 
 from cast_serve.kernels.cuda import cusparselt
 from cast_serve.kernels.cuda.layout import to_fragments
-from cast_serve.kernels.cuda.linear import TYPES, Launch, expand, multiprocessors, small_m_linear
+from cast_serve.kernels.cuda.linear import TYPES, Launch, expand, multiprocessors, quantize_rows, small_m_linear
 from cast_serve.kernels.cuda.small_m import Plan, Variant, source
 from cast_serve.kernels.cuda.timing import copies, copy_bandwidth, seconds_per_call
 
@@ -29,6 +29,7 @@ class Gpu:
 
     small_m = staticmethod(small_m_linear)
     expand = staticmethod(expand)
+    quantize_rows = staticmethod(quantize_rows)
     copies = staticmethod(copies)
     seconds = staticmethod(seconds_per_call)
 

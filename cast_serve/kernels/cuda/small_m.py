@@ -8,7 +8,7 @@ from pathlib import Path
 from cast_serve.kernels.cuda.layout import ROWS, STEP
 
 CSRC = Path(__file__).parent / "csrc"
-SOURCES = ("tensor_core.cuh", "small_m.cuh", "expand.cuh")
+SOURCES = ("tensor_core.cuh", "small_m.cuh", "expand.cuh", "quantize.cuh")
 
 
 @dataclass(frozen=True)
@@ -64,9 +64,13 @@ MAX_ROWS = 8 * VARIANTS[-1].column_tiles
 @cache
 def source(types: Types, variants: tuple[Variant, ...] = VARIANTS) -> str:
     """CUDA C++ of the variants, without includes."""
-    expand = ["CAST24_EXPAND"] if types.weight == types.output else []
     parts = [(CSRC / name).read_text().replace("#pragma once\n", "") for name in SOURCES]
-    return "\n".join([*parts, *(variant.macro(types) for variant in variants), *expand]) + "\n"
+    return "\n".join([*parts, *(variant.macro(types) for variant in variants), others(types)]) + "\n"
+
+
+def others(types: Types) -> str:
+    """Of 16-bit weights the kernel `expand`, of 8-bit ones `quantize_rows`, which rounds x."""
+    return "CAST24_EXPAND" if types.weight == types.output else f"CAST24_QUANTIZE({types.output}, {types.weight})"
 
 
 class LinearArguments(ctypes.Structure):
@@ -103,6 +107,19 @@ class ExpandArguments(ctypes.Structure):
         ("K", ctypes.c_int),
         ("row_tiles", ctypes.c_int),
         ("steps", ctypes.c_int),
+    ]
+
+
+class QuantizeArguments(ctypes.Structure):
+    """The structure of the same name in csrc/quantize.cuh."""
+
+    _fields_ = [
+        ("x", ctypes.c_void_p),
+        ("quantized", ctypes.c_void_p),
+        ("scale", ctypes.c_void_p),
+        ("x_stride", ctypes.c_longlong),
+        ("quantized_stride", ctypes.c_longlong),
+        ("K", ctypes.c_int),
     ]
 
 

@@ -8,6 +8,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -205,6 +206,26 @@ inline float to_float(E4m3, unsigned char bits) {
   const int exponent = bits >> 3 & 15, mantissa = bits & 7;
   const float v = exponent ? std::ldexp(8.0f + mantissa, exponent - 10) : std::ldexp(static_cast<float>(mantissa), -9);
   return bits & 128 ? -v : v;
+}
+
+inline float magnitude(float v) { return std::fabs(v); }
+template <class T>
+constexpr float kLargest = 127.0f;
+template <>
+constexpr float kLargest<E4m3> = 448.0f;
+inline unsigned char to_8_bits(S8, float v) { return static_cast<unsigned char>(static_cast<int>(std::nearbyint(v))); }
+inline unsigned char to_8_bits(E4m3 type, float v) {  // the nearest, of two the even one; 127 and 255 are no numbers
+  int nearest = 0;
+  for (int code = 1; code < 255; ++code) {
+    if (code == 127) continue;
+    const float error = std::fabs(to_float(type, code) - v), least = std::fabs(to_float(type, nearest) - v);
+    if (error < least || (error == least && code % 2 == 0)) nearest = code;
+  }
+  return static_cast<unsigned char>(nearest);
+}
+template <class T>
+unsigned short to_8_bits(T type, float low, float high) {
+  return static_cast<unsigned short>(to_8_bits(type, low) | to_8_bits(type, high) << 8);
 }
 
 inline unsigned word(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }

@@ -3,6 +3,7 @@
 // clang-format off
 #include "small_m.cuh"
 #include "expand.cuh"
+#include "quantize.cuh"
 #include "kernels.inc"
 // clang-format on
 

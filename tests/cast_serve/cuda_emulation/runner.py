@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cast_serve.kernels.cuda.small_m import CSRC, Types, Variant
+from cast_serve.kernels.cuda.small_m import CSRC, Types, Variant, others
 
 HERE = Path(__file__).parent
 
@@ -22,8 +22,12 @@ class Emulation:
             for variant in variants:
                 names.append(_name(kinds, variant.name))
                 lines.append(variant.macro(kinds).replace(variant.name, names[-1], 1))
+            if kinds.weight != kinds.output:
+                names.append(_name(kinds, "quantize_rows"))
+                lines.append(f"#define quantize_rows {names[-1]}\n{others(kinds)}\n#undef quantize_rows")
+        lines.append("CAST24_EXPAND")
         entries = ", ".join(f"ENTRY({name})" for name in [*names, "expand"])
-        (directory / "kernels.inc").write_text("\n".join([*lines, "CAST24_EXPAND", f"#define KERNELS {entries}", ""]))
+        (directory / "kernels.inc").write_text("\n".join([*lines, f"#define KERNELS {entries}", ""]))
         library = directory / "emulation.so"
         command = ["g++", "-std=c++20", "-O2", "-shared", "-fPIC", "-Wall", "-Wno-unknown-pragmas"]
         includes = [f"-I{HERE}", f"-I{directory}", f"-I{CSRC}"]

@@ -78,6 +78,24 @@ __device__ __forceinline__ unsigned short from_float(Fp16, float v) {
   return bits;
 }
 
+__device__ __forceinline__ float magnitude(float v) { return fabsf(v); }
+
+// The largest value of an 8-bit type, and two values rounded to it, the first in the low byte; nothing is larger here.
+template <class T>
+constexpr float kLargest = 127.0f;
+template <>
+constexpr float kLargest<E4m3> = 448.0f;
+__device__ __forceinline__ unsigned short to_8_bits(S8, float low, float high) {
+  return static_cast<unsigned short>((__float2int_rn(low) & 255) | (__float2int_rn(high) & 255) << 8);
+}
+#if __CUDA_ARCH__ >= 890
+__device__ __forceinline__ unsigned short to_8_bits(E4m3, float low, float high) {
+  unsigned short bits;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(bits) : "f"(high), "f"(low));
+  return bits;
+}
+#endif
+
 // Lets the next kernel of the stream begin, as far as it does not wait, if it was launched to overlap.
 __device__ __forceinline__ void let_next_begin() {
 #if __CUDA_ARCH__ >= 900
