@@ -1,12 +1,13 @@
 # make demo: the whole way once, on a real model. make test: the test suite. Both set themselves up first.
 PYTHON ?= python3.11
 VENV := .venv
+VLLM_VENV := .venv-vllm
 BIN := $(VENV)/bin
 DEMO := demo
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 NATIVE := setup.py $(shell find cast_serve/kernels/csrc -type f)
 
-.PHONY: demo test lint bench-kernels sanitize clean
+.PHONY: demo test test-vllm lint bench-kernels sanitize clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.registry demo $(DEMO)
@@ -15,6 +16,10 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest
+
+# vLLM for CPUs pins versions that the rest does not have, so it lives in an environment of its own.
+test-vllm: $(VLLM_VENV)/.installed
+	$(VLLM_VENV)/bin/python -m pytest tests/vllm --disable-warnings
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check
@@ -28,7 +33,7 @@ bench-kernels: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.kernels
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) $(VLLM_VENV) build *.egg-info
 
 # torch comes first, by its exact version: the extension is built against it, without build isolation.
 $(VENV)/.torch:
@@ -41,4 +46,14 @@ $(VENV)/.torch:
 
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml $(NATIVE)
 	$(PIP) --no-build-isolation -e ".[dev]"
+	@touch $@
+
+$(VLLM_VENV)/.vllm: cast_serve/vllm_plugin/install_cpu.py
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(VLLM_VENV)/bin/python $<
+	@touch $@
+
+$(VLLM_VENV)/.installed: $(VLLM_VENV)/.vllm pyproject.toml $(NATIVE)
+	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -e ".[vllm-test]"
 	@touch $@

@@ -8,7 +8,9 @@ import typer
 from conversion.errors import InputError, Interrupted
 
 COMMANDS = "cast.commands"
-ORDER = ["train", "convert", "serve", "bench", "eval", "pipeline", "info", "scaling-law"]
+# What serve does not know goes on to the engine.
+PASSING = {"serve": {"allow_extra_args": True, "ignore_unknown_options": True}}
+ORDER = ["train", "convert", "serve", "bench", "eval", "pipeline", "info", "tune", "scaling-law"]
 
 
 def build_app() -> typer.Typer:
@@ -21,7 +23,7 @@ def build_app() -> typer.Typer:
     )
     found = {entry.name: entry for entry in entry_points(group=COMMANDS)}
     for name in sorted(found, key=lambda n: ORDER.index(n) if n in ORDER else len(ORDER)):
-        app.command(name)(found[name].load())
+        app.command(name, context_settings=PASSING.get(name))(found[name].load())
     return app
 
 

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from conversion.compressed_tensors.shards import CompressedShards, description
 from conversion.errors import InputError
 from conversion.families import LM_HEAD, Family, family_of, in_scope, is_embedding
 from conversion.model_config import read_config
 from conversion.packed import pack24
+from conversion.quantization.formats import Quantization
 from conversion.shards import Shards
 
 # Everything beside weights and config that a model directory needs to be used.
@@ -31,7 +33,7 @@ COMPANION_FILES = (
 
 
 class Checkpoint:
-    """A dense checkpoint; its linears may be 2:4 in value.
+    """A dense checkpoint; its linears may be 2:4 in value. What compressed-tensors wrote is read as the dense model.
 
     Attributes:
         directory: where it lies.
@@ -44,12 +46,16 @@ class Checkpoint:
         self.directory = Path(directory)
         self.config = read_config(self.directory)
         self.family: Family = family_of(self.config["model_type"])
-        if "quantization_config" in self.config:
+        if (compressed := description(self.config)) is not None:
+            self.shards: Shards = CompressedShards(self.directory, compressed)
+            self.config = {key: value for key, value in self.config.items() if value is not compressed}
+        elif "quantization_config" in self.config:
             method = self.config["quantization_config"].get("quant_method")
             raise InputError(
                 f"{self.directory} is already quantized or packed ({method}): give the dense model it came from"
             )
-        self.shards = Shards(self.directory)
+        else:
+            self.shards = Shards(self.directory)
         self.scope = [name for name, info in self.shards.infos.items() if in_scope(self.family, name, info.shape)]
         check_complete(self.directory, self.config, self.family, self.names, lambda name: self.shards.info(name).shape)
         if not self.scope:
@@ -99,6 +105,11 @@ class Checkpoint:
         """(N, K) of a weight tensor of the scope."""
         rows, columns = self.shards.info(name).shape
         return (columns, rows) if self.family.transposed else (rows, columns)
+
+    @property
+    def quantization(self) -> Quantization | None:
+        """How its weights already are quantized; None if they are not."""
+        return self.shards.quantization if isinstance(self.shards, CompressedShards) else None
 
     def first_violation(self) -> str | None:
         """Say which tensor, row and group is the first that is not 2:4; None if the whole scope is."""

@@ -73,6 +73,7 @@ def convert(
     """Convert a model: 2:4 weights into the packed checkpoint, or any supported model into an ONNX directory.
 
     Packs only what is exactly 2:4; the first tensor, row and group that is not is named. OUT appears whole or not.
+    SOURCE may also be what compressed-tensors wrote: sparse-24-bitmask (16 bit, int8, fp8), marlin-24, dense 2:4.
 
     Example: cast convert my-2of4-model my-packed-model --verify
 

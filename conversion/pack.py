@@ -1,6 +1,7 @@
 """Writing the packed checkpoint: shard by shard, one tensor in memory at a time."""
 
 import json
+import logging
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from conversion.atomic import new_directory
 from conversion.checkpoint import COMPANION_FILES, Checkpoint
+from conversion.compressed_tensors.shards import CompressedShards
 from conversion.errors import InputError
 from conversion.families import is_embedding
 from conversion.packed import BITMASK_SUFFIX, PATTERN, SCALE_SUFFIX, VALUES_SUFFIX, kept_columns, pack24
@@ -18,6 +20,8 @@ from conversion.packed_checkpoint import QUANT_METHOD, VALUE_DTYPES, VERSION
 from conversion.progress import byte_progress
 from conversion.quantization.formats import FORMATS, INT4, INT8, Quantization, encode
 from conversion.shards import INDEX, ShardWriter
+
+logger = logging.getLogger(__name__)
 
 FLOAT_DTYPES = {name: dtype for name, dtype in VALUE_DTYPES.items() if name not in FORMATS}
 
@@ -64,7 +68,8 @@ def save_packed(
     Args:
         source_dir: a dense-stored model whose in-scope linears are exactly 2:4.
         out_dir: appears complete or not at all.
-        value_dtype: "float32", "bfloat16" or "float16" to round the kept values to; None keeps the source's dtype.
+        value_dtype: "float32", "bfloat16" or "float16" to round the kept values to; None keeps the source's dtype, or
+            the codes and scales of a quantized one that compressed-tensors wrote.
             Tensors out of scope are copied as they are.
         quantization: quantize the kept values so, instead.
         calibration: text files on which quantization chooses scales and feeds rounding errors forward (the dense model
@@ -97,6 +102,8 @@ def save_packed(
                             weight_map[packed_name] = shard
                             packed_bytes += tensor.nbytes
                         advance(info.nbytes)
+        if isinstance(source.shards, CompressedShards) and (clipped := sum(source.shards.clipped.values())):
+            logger.warning("%d weights at int8 code -128, which the packed format lacks, became -127", clipped)
         index = {"metadata": {"total_size": packed_bytes, "sha256": digests}, "weight_map": weight_map}
         (building / INDEX).write_text(json.dumps(index, indent=2) + "\n")
         _write_config(source, values, building)
@@ -111,6 +118,8 @@ def _values(
     if quantization is None:
         if calibration:
             raise InputError("calibration text is for quantized values: name a format to quantize to, or leave it out")
+        if source.quantization is not None and value_dtype is None:
+            return _Values(source.quantization.values.dtype, source.quantization)
         return _Values(_float_dtype(source, value_dtype))
     if value_dtype is not None:
         raise InputError("kept values are either quantized or of another floating dtype: name one of the two")
@@ -198,6 +207,8 @@ def _pack(source: Checkpoint, name: str, values: _Values) -> dict[str, Tensor]:
 def _codes(source: Checkpoint, name: str, quantization: Quantization, calibrated: Mapping[str, Codes]) -> Codes:
     if name in calibrated:
         return calibrated[name]
+    if isinstance(source.shards, CompressedShards) and source.quantization == quantization:
+        return source.shards.codes(name)
     from conversion.quantization.quantize import quantize_weight
 
     weight = source.linear_weight(name).float()

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,58 @@ def is_packed(config: dict[str, Any]) -> bool:
     return (config.get("quantization_config") or {}).get("quant_method") == QUANT_METHOD
 
 
+@dataclass(frozen=True)
+class PackedFormat:
+    """What the quantization_config of a packed checkpoint says.
+
+    Attributes:
+        value_dtype: dtype that the kept values are stored in.
+        quantization: how they are quantized; None if they are not.
+        embedding: how the dense embedding and lm_head are quantized; None if they are not.
+        ignore: names of linears that are stored dense.
+    """
+
+    value_dtype: torch.dtype
+    quantization: Quantization | None
+    embedding: Quantization | None
+    ignore: tuple[str, ...]
+
+    @classmethod
+    def of_config(cls, config: dict[str, Any], where: str | Path) -> "PackedFormat":
+        """Read a quantization_config; InputError, naming `where` it stands, if this release cannot read the format."""
+        if config.get("version") != VERSION:
+            raise InputError(
+                f"{where} is a packed checkpoint of version {config.get('version')}, and this release reads "
+                f"version {VERSION}: upgrade it, or convert the model again"
+            )
+        if config.get("pattern") != PATTERN or config.get("value_dtype") not in VALUE_DTYPES:
+            raise InputError(
+                f"{where} holds {config.get('pattern')} sparsity with {config.get('value_dtype')} values, "
+                f"and this release reads {PATTERN} with {', '.join(VALUE_DTYPES)}"
+            )
+        try:
+            quantization = Quantization.of_config(config)
+        except InputError as error:
+            raise InputError(f"config.json of {where}: {error}") from None
+        embedding = _embedding(config.get("embedding"), where)
+        return cls(VALUE_DTYPES[config["value_dtype"]], quantization, embedding, tuple(config.get("ignore", ())))
+
+
+def _embedding(field: Any, where: str | Path) -> Quantization | None:
+    if field is None:
+        return None
+    try:
+        quantization = Quantization.of_config(field)
+    except (InputError, AttributeError) as error:
+        raise InputError(f"config.json of {where}: embedding: {error}") from None
+    if quantization is None or quantization.values is FP8:
+        raise InputError(
+            f"config.json of {where} speaks of an embedding in {field.get('value_dtype')}, and this release reads "
+            "int8 and int4"
+        )
+    return quantization
+
+
 class PackedCheckpoint:
     """A packed checkpoint, read lazily: opening checks everything that the headers tell, no tensor is loaded.
 
@@ -53,9 +106,12 @@ class PackedCheckpoint:
         self.directory = Path(directory)
         self.config = read_config(self.directory)
         self.family: Family = family_of(self.config["model_type"])
-        self.value_dtype = _value_dtype(self.directory, self.config)
-        self.quantization = _quantization(self.directory, self.config)
-        self.embedding = _embedding(self.directory, self.config)
+        if not is_packed(self.config):
+            raise InputError(
+                f"{self.directory} is not a packed checkpoint: make one with 'cast convert SRC OUT --to packed'"
+            )
+        layout = PackedFormat.of_config(self.config["quantization_config"], self.directory)
+        self.value_dtype, self.quantization, self.embedding = layout.value_dtype, layout.quantization, layout.embedding
         self.shards = Shards(self.directory)
         layers = self._packed_layers()
         self.quantized_embeddings = [layer for layer in layers if is_embedding(self.family, f"{layer}.weight")]
@@ -242,43 +298,3 @@ def load_packed(directory: str | Path) -> PackedCheckpoint:
 def open_checkpoint(directory: str | Path) -> Checkpoint | PackedCheckpoint:
     """Open a model directory, dense or packed; raises as `Checkpoint` and `load_packed` do."""
     return PackedCheckpoint(directory) if is_packed(read_config(Path(directory))) else Checkpoint(directory)
-
-
-def _value_dtype(directory: Path, config: dict[str, Any]) -> torch.dtype:
-    if not is_packed(config):
-        raise InputError(f"{directory} is not a packed checkpoint: make one with 'cast convert SRC OUT --to packed'")
-    quantization = config["quantization_config"]
-    if quantization.get("version") != VERSION:
-        raise InputError(
-            f"{directory} is a packed checkpoint of version {quantization.get('version')}, and this release reads "
-            f"version {VERSION}: upgrade it, or convert the model again"
-        )
-    if quantization.get("pattern") != PATTERN or quantization.get("value_dtype") not in VALUE_DTYPES:
-        raise InputError(
-            f"{directory} holds {quantization.get('pattern')} sparsity with {quantization.get('value_dtype')} values, "
-            f"and this release reads {PATTERN} with {', '.join(VALUE_DTYPES)}"
-        )
-    return VALUE_DTYPES[quantization["value_dtype"]]
-
-
-def _quantization(directory: Path, config: dict[str, Any]) -> Quantization | None:
-    try:
-        return Quantization.of_config(config["quantization_config"])
-    except InputError as error:
-        raise InputError(f"config.json of {directory}: {error}") from None
-
-
-def _embedding(directory: Path, config: dict[str, Any]) -> Quantization | None:
-    field = config["quantization_config"].get("embedding")
-    if field is None:
-        return None
-    try:
-        quantization = Quantization.of_config(field)
-    except (InputError, AttributeError) as error:
-        raise InputError(f"config.json of {directory}: embedding: {error}") from None
-    if quantization is None or quantization.values is FP8:
-        raise InputError(
-            f"config.json of {directory} speaks of an embedding in {field.get('value_dtype')}, and this release reads "
-            "int8 and int4"
-        )
-    return quantization

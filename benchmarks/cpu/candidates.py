@@ -24,12 +24,14 @@ class Candidate:
         family: which weights, and which program.
         values: number format of the linears: "fp32", "bf16", "int8" or "int4".
         make: makes its files.
+        dtype: of activations and dense weights, for vLLM.
     """
 
     name: str
     family: Family
     values: str
     make: Make
+    dtype: str = ""
 
     @property
     def runtime(self) -> Runtime:

@@ -22,6 +22,8 @@ SCORED_AT_ONCE = 128
 class EngineRunner:
     """Generates with `cast_serve.engine`, without the server around it."""
 
+    weight_memory: int | None = None
+
     def __init__(self, onnx_dir: Path, threads: int, sequences: int) -> None:
         self._engine = Engine(onnx_dir, threads=threads, max_batch_size=sequences)
         self.about = f"cast_serve.engine, kernels for {isa()}, onnxruntime {onnxruntime.__version__}"

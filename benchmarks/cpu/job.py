@@ -4,7 +4,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Literal
 
-Runtime = Literal["engine", "llama.cpp"]
+Runtime = Literal["engine", "llama.cpp", "vllm"]
 
 
 @dataclass(frozen=True)
@@ -12,7 +12,7 @@ class Job:
     """One candidate's turn in a process of its own. With `windows` it scores text, else it is timed.
 
     Attributes:
-        runtime: "engine" runs an ONNX directory, "llama.cpp" a GGUF file.
+        runtime: "engine" runs an ONNX directory, "llama.cpp" a GGUF file, "vllm" a Hugging Face or packed directory.
         model: the directory or file.
         threads: of the computation.
         prompts: token ids, one prompt for each sequence of the highest concurrency; all have one length.
@@ -20,6 +20,7 @@ class Job:
         output_tokens: generated for each prompt, whatever they are.
         concurrency: how many prompts are given at once, in this order.
         windows: token ids to score, all of one length; empty does not score.
+        dtype: of activations and dense weights, for vLLM.
     """
 
     runtime: Runtime
@@ -30,6 +31,7 @@ class Job:
     output_tokens: int = 0
     concurrency: list[int] = field(default_factory=list)
     windows: list[list[int]] = field(default_factory=list)
+    dtype: str = ""
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -72,6 +74,7 @@ class Turn:
         peak_memory: most bytes that were resident in the process, files mapped into it included.
         load_seconds: until the model could generate.
         about: what the runtime says of itself.
+        weight_memory: bytes that became resident while the weights were loaded; None where that is not known.
     """
 
     speeds: dict[int, Speed]
@@ -79,6 +82,7 @@ class Turn:
     peak_memory: int
     load_seconds: float
     about: str
+    weight_memory: int | None = None
 
     @classmethod
     def from_json(cls, text: str) -> "Turn":

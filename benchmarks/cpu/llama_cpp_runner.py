@@ -19,6 +19,8 @@ BATCH_TOKENS = 512
 class LlamaCppRunner:
     """A GGUF file in one context, whose sequences are decoded together. Defaults but for threads and sizes."""
 
+    weight_memory: int | None = None
+
     def __init__(self, file: Path, threads: int, sequences: int, tokens: int) -> None:
         """`tokens` is the most that one sequence holds."""
         silence()

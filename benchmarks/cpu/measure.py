@@ -26,13 +26,14 @@ Advance = Callable[[int], None]
 
 @dataclass(frozen=True)
 class Plan:
-    """What every candidate is asked for; see Job."""
+    """What every candidate is asked for; see Job. `python` runs the workers."""
 
     threads: int
     prompts: list[list[int]]
     long_prompt: list[int]
     output_tokens: int
     concurrency: list[int]
+    python: str = sys.executable
 
 
 def make(candidates: Sequence[Candidate], sources: Sources, say: Callable[[str], None]) -> None:
@@ -74,9 +75,10 @@ def measure(
                 plan.long_prompt,
                 plan.output_tokens,
                 plan.concurrency,
+                dtype=candidate.dtype,
             )
             clock, machine, own = time.perf_counter(), machine_cpu_s(), _own_cpu_s()
-            found[candidate.name].turns.append(Turn.from_json(run(candidate, job)))
+            found[candidate.name].turns.append(Turn.from_json(run(candidate, job, plan.python)))
             busy = machine_cpu_s() - machine - (_own_cpu_s() - own)
             others = max(others, busy / (time.perf_counter() - clock))
             advance(1)
@@ -103,9 +105,9 @@ def score(
     return found
 
 
-def run(candidate: Candidate, job: Job) -> str:
+def run(candidate: Candidate, job: Job, python: str = sys.executable) -> str:
     """Do a job in a new process; InputError with the last it said if it fails."""
-    command = [sys.executable, "-m", "benchmarks.cpu.worker"]
+    command = [python, "-m", "benchmarks.cpu.worker"]
     environment = os.environ | {"OMP_NUM_THREADS": str(job.threads)}
     done = subprocess.run(
         command, input=job.to_json(), capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[2]

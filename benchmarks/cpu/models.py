@@ -127,8 +127,8 @@ def gguf(kind: str) -> Make:
 
 
 def weight_bytes(model: Path) -> int:
-    """Bytes on disk: a GGUF file's, or those of an ONNX directory's graph and weights."""
-    files: Sequence[Path] = [model] if model.is_file() else list(model.glob("model.onnx*"))
+    """Bytes on disk: a GGUF file's, an ONNX directory's graph and weights, a Hugging Face directory's shards."""
+    files: Sequence[Path] = [model] if model.is_file() else [*model.glob("model.onnx*"), *model.glob("*.safetensors")]
     return sum(file.stat().st_size for file in files)
 
 

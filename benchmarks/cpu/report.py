@@ -82,7 +82,9 @@ def _table(found: Sequence[Measured], concurrency: Sequence[int]) -> str:
     scored = any(m.perplexity is not None for m in found)
     levels = [f"tokens/s, {users} at once" for users in concurrency]
     decoding = [f"decoding only, {users}" for users in (concurrency[0], concurrency[-1])]
-    heads = ["", *(["perplexity"] if scored else []), "on disk", "peak memory", *levels, *decoding, "prefill tokens/s"]
+    weighed = any(m.weight_memory is not None for m in found)
+    memory = [*(["weights resident"] if weighed else []), "peak memory"]
+    heads = ["", *(["perplexity"] if scored else []), "on disk", *memory, *levels, *decoding, "prefill tokens/s"]
     rows = []
     for m in found:
         quality = [] if not scored else ["" if m.perplexity is None else f"{m.perplexity:.2f}"]
@@ -90,6 +92,7 @@ def _table(found: Sequence[Measured], concurrency: Sequence[int]) -> str:
             m.name,
             *quality,
             f"{m.weight_bytes / 1e6:.0f} MB",
+            *([f"{(m.weight_memory or 0) / 1e6:.0f} MB"] if weighed else []),
             f"{m.peak_memory / 1e6:.0f} MB",
             *(_spread(m.speed(users)) for users in concurrency),
             *(f"{median(m.decoding(users)):.0f}" for users in (concurrency[0], concurrency[-1])),

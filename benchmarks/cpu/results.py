@@ -41,6 +41,12 @@ class Measured:
         return [turn.prefill_per_s for turn in self.turns]
 
     @property
+    def weight_memory(self) -> int | None:
+        """Bytes that loading the weights made resident, median over the rounds; None where that is not known."""
+        known = [turn.weight_memory for turn in self.turns if turn.weight_memory is not None]
+        return round(median(known)) if known else None
+
+    @property
     def peak_memory(self) -> int:
         """Median over the rounds, bytes."""
         return round(median(turn.peak_memory for turn in self.turns))

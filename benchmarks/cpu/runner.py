@@ -11,6 +11,7 @@ class Runner(Protocol):
     """A loaded model."""
 
     about: str
+    weight_memory: int | None
 
     def generate(self, prompts: list[list[int]], tokens: int) -> Speed:
         """Generate `tokens` tokens for each prompt, all at once, the most likely one each time."""

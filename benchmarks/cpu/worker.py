@@ -32,6 +32,10 @@ def load(job: Job) -> Runner:
         from benchmarks.cpu.engine_runner import EngineRunner
 
         return EngineRunner(Path(job.model), job.threads, sequences)
+    if job.runtime == "vllm":
+        from benchmarks.cpu.vllm_runner import VllmRunner
+
+        return VllmRunner(job)
     from benchmarks.cpu.llama_cpp_runner import LlamaCppRunner
 
     tokens = max(len(job.prompts[0]) + job.output_tokens, len(job.long_prompt) + 1)
@@ -48,7 +52,7 @@ def timed(job: Job) -> Turn:
     speeds = {users: runner.generate(job.prompts[:users], job.output_tokens) for users in job.concurrency}
     prefill = len(job.long_prompt) / runner.generate([job.long_prompt], 1).seconds
     runner.close()
-    return Turn(speeds, prefill, peak_memory(), load_seconds, runner.about)
+    return Turn(speeds, prefill, peak_memory(), load_seconds, runner.about, runner.weight_memory)
 
 
 def score(job: Job) -> float:

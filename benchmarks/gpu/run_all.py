@@ -33,7 +33,8 @@ RESULTS = Path(__file__).parents[1] / "results" / "gpu"
 TOTAL_S = 540.0
 STATE = Path("build/gpu")
 _WORTHWHILE_S = 10.0  # a step is not begun with less time than this
-_PACKAGES = ("torch", "transformers", "accelerate", "triton", "vllm", "numpy", "cast-serve")
+_CUDA_PACKAGES = ("cuda-bindings", "nvidia-cuda-nvrtc", "nvidia-cusparselt-cu13", "nvidia-cublas")
+_PACKAGES = ("torch", "transformers", "accelerate", "triton", "vllm", "numpy", "cast-serve", *_CUDA_PACKAGES)
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ _TINY_QUALITY = (
 
 STEPS = [
     Step("training-correctness", 60, "benchmarks.gpu.training_correctness", tiny=("--device", "cpu")),
+    Step("kernels", 300, "benchmarks.gpu.kernels", tiny=("--tiny",)),
     Step(
         "training-speed-135m",
         180,

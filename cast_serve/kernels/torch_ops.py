@@ -16,6 +16,8 @@ pass reaches them). Wrong shapes and dtypes raise RuntimeError.
 `quantized_rows` reads rows `ids` (int64, any shape) of a dense quantized weight back: [..., K] float32. So an embedding
 shares its panels with lm_head. IndexError where there is no such row.
 
+On a GPU `linear` and `linear_packed` take bfloat16 and float16 weights; `cast_serve.kernels.cuda.torch_ops` says more.
+
 Where the instruction set is "avx512bf16", bfloat16 weights meet x rounded to bfloat16; elsewhere x as it is.
 """
 
@@ -25,6 +27,8 @@ from pathlib import Path
 import torch
 
 from cast_serve.kernels import library
+from cast_serve.kernels.cuda import linear as cuda_linear
+from cast_serve.kernels.cuda import torch_ops as cuda_ops
 from conversion.errors import InputError
 from conversion.quantization.formats import GROUP_SIZES
 from conversion.quantized_panel import ROW_SCALE_GROUP
@@ -43,10 +47,13 @@ def prepack(values: torch.Tensor, bitmask: torch.Tensor) -> tuple[torch.Tensor, 
     Returns:
         panel_values: [P, K/4, 2, 16] float32 or [P, K/4, 16, 2] bfloat16, P = ceil(N / 16).
         panel_indices: [P, ceil(K/32), 16] uint32.
+        On a GPU, for bfloat16 and float16, the layout of `cuda.layout.to_fragments`.
 
     Raises:
         InputError: wrong shapes or dtypes, or a group that does not keep exactly two (named by row and group).
     """
+    if values.is_cuda:
+        return cuda_linear.prepack(values, bitmask)
     if values.dtype not in (torch.float32, torch.bfloat16):
         raise InputError(f"prepack: values must be float32 or bfloat16, not {values.dtype}")
     if values.dim() != 2 or values.shape[1] % 4 != 0 or values.shape[1] == 0:
@@ -198,7 +205,7 @@ def _register() -> None:
         if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < num_rows:
             raise IndexError(f"cast24::quantized_rows: an id is outside the {num_rows} rows")
         ids, panels = ids.contiguous(), panels.contiguous()
-        out = torch.empty((*ids.shape, columns))
+        out = torch.empty((*ids.shape, columns), dtype=torch.float32)
         library().cast24_quantized_rows(
             ids.data_ptr(), ids.numel(), panels.data_ptr(), columns, bits, group_size, out.data_ptr()
         )
@@ -212,3 +219,4 @@ def _register() -> None:
 
 
 _register()
+cuda_ops.register()

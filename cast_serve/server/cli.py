@@ -15,8 +15,17 @@ class ValueDtype(enum.StrEnum):
     bfloat16 = "bfloat16"
 
 
+class Engine(enum.StrEnum):
+    onnxruntime = "onnxruntime"
+    vllm = "vllm"
+
+
 def serve(
+    context: typer.Context,
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="ONNX, packed or dense model directory.")],
+    engine: Annotated[
+        Engine, typer.Option(help="vllm: vLLM's own server, to which all further arguments, after DIR, are passed on.")
+    ] = Engine.onnxruntime,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8000,
     served_model_name: Annotated[
@@ -36,7 +45,14 @@ def serve(
 
     DIR is a directory made by `cast convert --to onnx`, or a packed or dense Hugging Face directory; that one is
     converted first, once, into DIR/onnx (DIR/onnx-bfloat16 with --value-dtype bfloat16).
+
+    On vLLM, with its settings: cast serve DIR --engine vllm --port 8000 --max-model-len 4096 --tensor-parallel-size 2
     """
+    if engine is Engine.vllm:
+        _serve_on_vllm(context, directory)
+        return
+    if context.args:
+        raise InputError(f"cast serve has no argument '{context.args[0]}': only --engine vllm passes others on")
     _require_packages()
     from cast_serve.server.listen import bind
     from cast_serve.server.model_dir import find_onnx_dir
@@ -57,6 +73,28 @@ def serve(
         ),
         capacity=max_batch_size + max_queue,
     )
+
+
+def _serve_on_vllm(context: typer.Context, directory: Path) -> None:
+    """Become vLLM's server; the options that it has too are passed on under its names."""
+    from cast_serve.server.vllm_server import exec_vllm
+
+    given = {name: value for name, value in context.params.items() if _was_given(context, name)}
+    for name in ("max_queue", "kv_cache_tokens"):
+        if name in given:
+            raise InputError(f"--{name.replace('_', '-')} is for --engine onnxruntime: leave it out")
+    arguments = ["--host", context.params["host"], "--port", str(context.params["port"])]
+    arguments += ["--served-model-name", given.get("served_model_name", directory.resolve().name)]
+    if "max_batch_size" in given:
+        arguments += ["--max-num-seqs", str(given["max_batch_size"])]
+    if "value_dtype" in given:
+        arguments += ["--dtype", given["value_dtype"].value]
+    exec_vllm(directory, [*arguments, *context.args], threads=given.get("threads"))
+
+
+def _was_given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 def _require_packages() -> None:

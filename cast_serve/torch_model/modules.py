@@ -17,6 +17,13 @@ class PackedLinear(nn.Module):
         self.out_features = out_features
         self.register_parameter("bias", nn.Parameter(torch.empty(out_features)) if bias else None)
 
+    def forward(self, x: Tensor) -> Tensor:
+        return self.multiply(x, self.bias)
+
+    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x [..., K] -> [..., N], with a bias [N] of the caller's."""
+        raise NotImplementedError
+
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
@@ -34,10 +41,8 @@ class SparseLinear(PackedLinear):
         self.register_buffer("panel_values", panel_values, persistent=False)
         self.register_buffer("panel_indices", panel_indices, persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = torch.ops.cast24.linear_packed(
-            x, self.panel_values, self.panel_indices, self.out_features, self.bias
-        )
+    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        y: Tensor = torch.ops.cast24.linear_packed(x, self.panel_values, self.panel_indices, self.out_features, bias)
         return y
 
 
@@ -70,7 +75,7 @@ class QuantizedLinear(PackedLinear):
         self.sparse, self.float_activations = sparse, float_activations
         self.register_buffer("panels", panels, persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
         y: Tensor = torch.ops.cast24.linear_quantized(
             x,
             self.panels,
@@ -79,7 +84,7 @@ class QuantizedLinear(PackedLinear):
             self.sparse,
             self.group_size,
             self.float_activations,
-            self.bias,
+            bias,
         )
         return y
 

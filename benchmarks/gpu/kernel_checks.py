@@ -1,0 +1,134 @@
+"""What the GPU kernels compute, against float64, at odd shapes; and where in a tile they are wrong, should they be."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cast_serve.kernels.cuda import cusparselt
+from cast_serve.kernels.cuda.measurement import Gpu, Weight, random_values
+
+SHAPES = [
+    *[(1, 16, 64), (1, 1, 8), (3, 24, 72), (8, 136, 1032), (9, 40, 200), (16, 330, 576), (17, 576, 1536)],
+    *[(33, 150, 4200), (64, 300, 640), (70, 48, 264), (1, 4096, 4096), (16, 4096, 11008), (64, 11008, 4096)],
+]
+"""Rows of x, weight rows, columns."""
+TINY_SHAPES = SHAPES[:5]
+
+
+def relative_error(y: Tensor, x: Tensor, dense: Tensor, bias: Tensor, scales: Tensor | float = 1.0) -> float:
+    """The largest error over the magnitude of its terms; infinite where there is a NaN."""
+    x, dense, bias = x.double(), dense.double(), bias.double()
+    expected, magnitude = x @ dense.T * scales + bias, x.abs() @ dense.abs().T * scales + bias.abs()
+    return ((y.double() - expected).abs() / magnitude).nan_to_num(torch.inf).max().item()
+
+
+def small_m_error(machine: Gpu, M: int, N: int, K: int, dtype: torch.dtype) -> float:
+    device = machine.device
+    weight, x = Weight(N, K, dtype, device), random_values(M, K, dtype, device)
+    bias = torch.randn(N, device=device).to(dtype)
+    return relative_error(machine.small_m(x, *weight.packed, N, bias), x, weight.dense, bias)
+
+
+def small_m_8_bit_error(machine: Gpu, M: int, N: int, K: int, dtype: torch.dtype) -> float:
+    device = machine.device
+    weight, x = Weight(N, K, dtype, device), random_values(M, K, dtype, device)
+    x_scale, w_scale = torch.rand(M, device=device), torch.rand(N, device=device) / 1000
+    bias = torch.randn(N, device=device).to(torch.bfloat16)
+    y = machine.small_m(x, *weight.packed, N, bias, x_scale=x_scale, w_scale=w_scale, dtype=torch.bfloat16)
+    return relative_error(y, x, weight.dense, bias, x_scale.double()[:, None] * w_scale.double())
+
+
+def expand_error(machine: Gpu, M: int, N: int, K: int, dtype: torch.dtype) -> float:
+    weight = Weight(N, K, dtype, machine.device)
+    return (machine.expand(*weight.packed, N, K).float() - weight.dense).abs().nan_to_num(torch.inf).max().item()
+
+
+def rounding_error(machine: Gpu, M: int, N: int, K: int, dtype: torch.dtype) -> float:
+    """Of rows of x rounded to 8 bits, relative to the row's largest value."""
+    x = torch.randn(M, K, device=machine.device).to(torch.bfloat16)
+    rounded, scale = machine.quantize_rows(x, dtype)
+    error = (rounded.float() * scale[:, None] - x.float()).abs() / x.float().abs().amax(1, keepdim=True)
+    return error.nan_to_num(torch.inf).max().item()
+
+
+def cusparselt_error(machine: Gpu, M: int, N: int, K: int, dtype: torch.dtype) -> float:
+    if not cusparselt.fits(N, K):
+        return 0.0
+    device = machine.device
+    weight, x = Weight(N, K, dtype, device), random_values(M, K, dtype, device)
+    bias = torch.randn(N, device=device).to(dtype)
+    compressed = cusparselt.compress(weight.dense.to(dtype))
+    return relative_error(cusparselt.linear(x, compressed, bias), x, weight.dense, bias)
+
+
+def tile_map(machine: Gpu, dtype: torch.dtype) -> dict[str, Any]:
+    """The weight of one step as the kernel sees it (x is the identity); if that is wrong, an x where it is."""
+    weight, x = Weight(16, 64, dtype, machine.device), torch.eye(64).to(machine.device, dtype)
+    scales = {"x_scale": torch.ones(64).to(machine.device), "w_scale": torch.ones(16).to(machine.device)}
+    options = scales | {"dtype": torch.bfloat16} if dtype.itemsize == 1 else {}
+    seen = machine.small_m(x, *weight.packed, 16, **options).float().T  # type: ignore[arg-type]
+    right = seen == weight.dense
+    if right.all():
+        return {"right": True}
+    pattern = ["".join(".x"[not value] for value in row) for row in right.tolist()]
+    return {"right": False, "where": pattern, "seen": seen.tolist(), "weight": weight.dense.tolist()}
+
+
+def same_again(machine: Gpu) -> bool:
+    """Whether 50 calls whose K is split give the same bits."""
+    device = machine.device
+    weight, x = Weight(264, 4096, torch.bfloat16, device), torch.randn(5, 4096).to(device, torch.bfloat16)
+    first = machine.small_m(x, *weight.packed, 264)
+    return all(torch.equal(machine.small_m(x, *weight.packed, 264), first) for _ in range(50))
+
+
+def tile_dtypes(machine: Gpu) -> list[torch.dtype]:
+    """Dtypes of weights that the machine has kernels for."""
+    has_fp8 = machine.capability >= (8, 9)
+    return [torch.bfloat16, torch.float16, torch.int8, *([torch.float8_e4m3fn] if has_fp8 else [])]
+
+
+def correctness(machine: Gpu, shapes: list[tuple[int, int, int]]) -> dict[str, Any]:
+    """Every error with its limit, the tiles as the kernel sees them, and whether all is well."""
+    wide = [torch.bfloat16, torch.float16]
+    kinds: list[tuple[str, Callable[..., float], list[torch.dtype], float | None]] = [
+        ("small_m", small_m_error, wide, None),
+        ("expand", expand_error, wide, 0.0),
+        ("small_m", small_m_8_bit_error, tile_dtypes(machine)[2:], None),
+        ("rows rounded", rounding_error, tile_dtypes(machine)[2:], 1 / 16),
+    ]
+    if machine.has_cusparselt:
+        kinds.append(("cusparselt", cusparselt_error, wide, None))
+    wrong: list[str] = []
+    errors: dict[str, Any] = {}
+
+    def attempt(name: str, check: Callable[[], dict[str, Any]], is_right: Callable[[dict[str, Any]], bool]) -> None:
+        try:
+            errors[name] = check()
+        except RuntimeError as failure:
+            errors[name] = {"failure": str(failure)}
+        if "failure" in errors[name] or not is_right(errors[name]):
+            wrong.append(name)
+            print(f"WRONG: {name}: {str(errors[name])[:200]}", flush=True)
+
+    for dtype in tile_dtypes(machine):
+        attempt(f"tile {dtype}", lambda dtype=dtype: tile_map(machine, dtype), lambda found: found["right"])  # type: ignore[misc]
+    for name, measure, dtypes, limit in kinds:
+        for dtype in dtypes:
+            bound = torch.finfo(dtype if dtype.itemsize == 2 else torch.bfloat16).eps if limit is None else limit
+            for shape in shapes:
+
+                def check(
+                    measure: Callable[..., float] = measure,
+                    shape: tuple[int, int, int] = shape,
+                    dtype: torch.dtype = dtype,
+                    bound: float = bound,
+                ) -> dict[str, Any]:
+                    return {"error": measure(machine, *shape, dtype), "limit": bound}
+
+                label = f"{name} {str(dtype).removeprefix('torch.')} {'x'.join(map(str, shape))}"
+                attempt(label, check, lambda found: found["error"] <= found["limit"])
+    attempt("same bits again", lambda: {"same": same_again(machine)}, lambda found: found["same"])
+    return {"ok": not wrong, "wrong": wrong, "checks": errors}

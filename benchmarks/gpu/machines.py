@@ -1,0 +1,77 @@
+"""A CPU in the GPU's place, to rehearse everything around the kernels."""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cast_serve.kernels.cuda.layout import from_fragments
+from cast_serve.kernels.cuda.linear import Launch
+from cast_serve.kernels.cuda.measurement import Gpu
+from cast_serve.kernels.cuda.small_m import Plan, Variant
+from conversion.packed import unpack24
+
+
+class Rehearsal(Gpu):
+    """The CPU, without our kernels: products of the unpacked weight, each timed once."""
+
+    def __init__(self) -> None:
+        self.device = torch.device("cpu")
+        self.multiprocessors = 132
+        self.capability = (9, 0)
+        self.has_cusparselt = False
+
+    @staticmethod
+    def small_m(
+        x: Tensor,
+        fragments: Tensor,
+        metadata: Tensor,
+        out_features: int,
+        bias: Tensor | None = None,
+        *,
+        x_scale: Tensor | None = None,
+        w_scale: Tensor | None = None,
+        dtype: torch.dtype | None = None,
+        cut: Plan | None = None,
+        overlap: bool = False,
+        launch: Launch | None = None,
+    ) -> Tensor:
+        y = x.float() @ Rehearsal.expand(fragments, metadata, out_features, x.shape[1]).float().T
+        if x_scale is not None and w_scale is not None:
+            y = y * x_scale[:, None] * w_scale
+        return (y if bias is None else y + bias.float()).to(dtype or x.dtype)
+
+    @staticmethod
+    def expand(
+        fragments: Tensor, metadata: Tensor, out_features: int, columns: int, *, launch: Launch | None = None
+    ) -> Tensor:
+        values, bitmask = from_fragments(fragments, metadata, out_features, columns)
+        return unpack24(values.float(), bitmask).to(values.dtype)
+
+    @staticmethod
+    def quantize_rows(x: Tensor, dtype: torch.dtype, *, launch: Launch | None = None) -> tuple[Tensor, Tensor]:
+        scale = x.float().abs().amax(1) / torch.tensor(127.0 if dtype == torch.int8 else 448.0)
+        scaled = x.float() / scale[:, None]
+        return (scaled.round() if dtype == torch.int8 else scaled).to(dtype), scale
+
+    @staticmethod
+    def copies(nbytes: int) -> int:
+        return 2
+
+    def bandwidth(self) -> float:
+        return 1e9
+
+    @staticmethod
+    def seconds(calls: Sequence[Callable[[], object]], *, repeats: int = 10, budget: float = 0.05) -> float:
+        start = time.perf_counter()
+        for call in calls:
+            call()
+        return (time.perf_counter() - start) / len(calls)
+
+    def launcher(self, variants: tuple[Variant, ...], dtype: torch.dtype) -> Launch:
+        def launch(*_: Any) -> None:
+            raise NotImplementedError
+
+        return launch

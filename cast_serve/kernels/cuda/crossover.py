@@ -1,0 +1,176 @@
+"""Which product is the fastest for so many rows of x: as measured on this device, or as a model of the device has it.
+
+`cast tune` measures. A table counts only for the device and the versions of driver, torch and cuSPARSELt that it was
+measured with.
+"""
+
+import json
+import os
+from bisect import bisect_left
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+
+from conversion.atomic import write_text
+
+Method = Literal["small_m", "expanded", "cusparselt"]
+"""The kernel that streams the packed weight; cuBLAS on the weight, made dense for the call; cuSPARSELt."""
+METHODS: tuple[Method, ...] = get_args(Method)
+DENSE = "dense"
+"""In tables also: cuBLAS on a dense weight, to compare with."""
+
+Layer = tuple[int, int, str]
+"""out_features, columns, dtype without "torch."."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One layer at one number of rows of x.
+
+    Attributes:
+        seconds: of a call, by method, and of "dense".
+        algorithm: of cuSPARSELt, the fastest.
+    """
+
+    rows: int
+    seconds: dict[str, float]
+    algorithm: int = 0
+
+
+@dataclass(frozen=True)
+class Choice:
+    method: Method
+    algorithm: int = 0
+
+
+@dataclass(frozen=True)
+class Device:
+    """What the model knows: bytes/s of memory, FLOP/s of dense 16-bit products; from data sheets."""
+
+    bandwidth: float
+    flops: float
+
+
+DEVICES = {
+    "H200": Device(4.8e12, 989e12),
+    "H100": Device(3.35e12, 989e12),
+    "A100": Device(2.04e12, 312e12),
+    "RTX 4090": Device(1.008e12, 165e12),
+}
+
+
+def modelled_device(name: str) -> Device:
+    """The device of DEVICES whose name is part of `name`, or H100: only the ratio of the two numbers matters."""
+    return next((device for known, device in DEVICES.items() if known in name), DEVICES["H100"])
+
+
+def modelled_seconds(method: Method, M: int, N: int, K: int, device: Device) -> float:
+    """A guess, not a measurement: bytes over bandwidth or operations over a part of the peak, the longer of the two."""
+    launch = 3e-6
+    dense_bytes, flops, in_out = 2.0 * N * K, 2.0 * M * N * K, 2.0 * M * (N + K)
+    packed_bytes = dense_bytes * 9 / 16
+    if method == "small_m":  # reads the weight anew for each 64 rows
+        memory = (packed_bytes * -(-M // 64) + in_out) / device.bandwidth
+        return max(memory, flops / (0.4 * device.flops)) + launch
+    if method == "cusparselt":  # 1.5 times cuBLAS where there is enough to do
+        tiles = 2.0 * max(M, 128) * N * K
+        return max((packed_bytes + in_out) / device.bandwidth, tiles / (0.7 * 1.5 * device.flops)) + 3 * launch
+    expansion = (packed_bytes + dense_bytes) / device.bandwidth
+    product = max((dense_bytes + in_out) / device.bandwidth, flops / (0.7 * device.flops))
+    return expansion + product + 2 * launch
+
+
+class Table:
+    """Times by layer; those of unknown layers are modelled."""
+
+    def __init__(self, points: dict[Layer, list[Point]], device: Device) -> None:
+        self.points = {layer: sorted(found, key=lambda point: point.rows) for layer, found in points.items()}
+        self.device = device
+        self._choices: dict[tuple[int, Layer, bool], Choice] = {}
+
+    def choose(self, M: int, layer: Layer, with_cusparselt: bool) -> Choice:
+        """The fastest at M rows, by the measurement at the next larger number of rows.
+
+        Args:
+            with_cusparselt: whether its copy of the weight is there.
+        """
+        key = (M, layer, with_cusparselt)
+        if key not in self._choices:
+            self._choices[key] = self._choose(*key)
+        return self._choices[key]
+
+    def _choose(self, M: int, layer: Layer, with_cusparselt: bool) -> Choice:
+        allowed = METHODS if with_cusparselt else tuple(method for method in METHODS if method != "cusparselt")
+        measured = self.points.get(layer)
+        if measured is None:
+            N, K, _ = layer
+            return Choice(min(allowed, key=lambda method: modelled_seconds(method, M, N, K, self.device)))
+        point = measured[min(bisect_left([point.rows for point in measured], M), len(measured) - 1)]
+        known = [method for method in allowed if method in point.seconds]
+        best = min(known, key=lambda method: point.seconds[method])
+        return Choice(best, point.algorithm if best == "cusparselt" else 0)
+
+
+def circumstances() -> dict[str, Any]:
+    """What a measurement depends on."""
+    from cuda.bindings import driver
+
+    return {
+        "device": torch.cuda.get_device_name(),
+        "driver": driver.cuDriverGetVersion()[1],
+        "torch": torch.__version__,
+        "cusparselt": torch.backends.cusparselt.version(),
+    }
+
+
+def table_path(device: str) -> Path:
+    """Where the table of the device of this name is kept; CAST24_TUNING names another file."""
+    if path := os.environ.get("CAST24_TUNING"):
+        return Path(path)
+    root = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    return root / "cast-serve" / "tuning" / f"{device.replace(' ', '-')}.json"
+
+
+def save(points: dict[Layer, list[Point]], where: dict[str, Any]) -> Path:
+    """Write the table of `where`, keeping layers measured earlier under the same circumstances."""
+    path = table_path(where["device"])
+    merged = _read(path, where) | points
+    layers = [
+        {
+            "out_features": layer[0],
+            "columns": layer[1],
+            "dtype": layer[2],
+            "points": [vars(point) for point in found],
+        }
+        for layer, found in merged.items()
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps({"version": 1, **where, "layers": layers}, indent=1) + "\n")
+    return path
+
+
+def load(where: dict[str, Any]) -> Table:
+    """The table measured under these circumstances; without one, the model's."""
+    return Table(_read(table_path(where["device"]), where), modelled_device(where["device"]))
+
+
+def _read(path: Path, where: dict[str, Any]) -> dict[Layer, list[Point]]:
+    if not path.is_file():
+        return {}
+    stored = json.loads(path.read_text())
+    if any(stored.get(key) != value for key, value in {"version": 1, **where}.items()):
+        return {}
+    return {
+        (layer["out_features"], layer["columns"], layer["dtype"]): [Point(**point) for point in layer["points"]]
+        for layer in stored["layers"]
+    }
+
+
+@cache
+def table(device: int) -> Table:
+    """The table of the device with this index, read once in a process."""
+    with torch.cuda.device(device):
+        return load(circumstances())

@@ -1,0 +1,221 @@
+"""y = x W^T + bias on a GPU, W packed: for few rows of x by the kernel that streams W once, for many by a product."""
+
+import ctypes
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from cast_serve.kernels.cuda.layout import STEP, to_fragments
+from cast_serve.kernels.cuda.small_m import (
+    ExpandArguments,
+    LinearArguments,
+    Plan,
+    QuantizeArguments,
+    Types,
+    plan,
+    source,
+)
+
+TYPES = {
+    (torch.bfloat16, torch.bfloat16): Types("Bf16", "Bf16"),
+    (torch.float16, torch.float16): Types("Fp16", "Fp16"),
+    (torch.int8, torch.bfloat16): Types("S8", "Bf16"),
+    (torch.int8, torch.float16): Types("S8", "Fp16"),
+    (torch.float8_e4m3fn, torch.bfloat16): Types("E4m3", "Bf16"),
+    (torch.float8_e4m3fn, torch.float16): Types("E4m3", "Fp16"),
+}
+"""By dtypes of weight and y."""
+
+Launch = Callable[[Types, str, tuple[int, int, int], int, ctypes.Structure, bool], None]
+"""Of the kernel with this name: types, name, grid, threads in a block, arguments, overlap."""
+
+
+def launch_on_gpu(
+    types: Types, name: str, grid: tuple[int, int, int], threads: int, arguments: ctypes.Structure, overlap: bool
+) -> None:
+    from cast_serve.kernels.cuda.driver import kernels
+
+    kernels(source(types), torch.cuda.current_device()).launch(name, grid, threads, arguments, overlap)
+
+
+def small_m_linear(
+    x: Tensor,
+    fragments: Tensor,
+    metadata: Tensor,
+    out_features: int,
+    bias: Tensor | None = None,
+    *,
+    x_scale: Tensor | None = None,
+    w_scale: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    cut: Plan | None = None,
+    overlap: bool = False,
+    launch: Launch | None = None,
+) -> Tensor:
+    """Multiply by a weight in the layout of `layout.to_fragments`, reading it once for each 64 rows of x.
+
+    Args:
+        x: [M, K] of the weight's dtype, any strides, K a multiple of 8.
+        fragments, metadata: of a weight [out_features, K], bfloat16, float16, int8 or float8_e4m3fn.
+        bias: [out_features] of y's dtype.
+        x_scale: [M], w_scale: [out_features], float32: y is multiplied by both. 8-bit types only, which need them.
+        dtype: of y, bfloat16 or float16; default x's.
+        cut: the call cut into blocks, default `plan`'s.
+        overlap: begin to read the weight while the stream's previous kernel still runs (sm_90 and newer), which must
+            not be one that writes the weight.
+
+    Returns:
+        [M, out_features], sums in float32 or int32. Nothing waits for the GPU; memory comes from torch's allocator.
+    """
+    M, K = x.shape
+    y = x.new_empty(M, out_features, dtype=dtype or x.dtype)
+    if M == 0:
+        return y
+    x = in_rows_of_16_bytes(x)
+    cut = cut or plan(M, out_features, K, multiprocessors(x.device))
+    partial, counters = None, None
+    if cut.splits > 1:
+        partial = torch.empty(cut.partial_bytes // 4, dtype=torch.int32, device=x.device)
+        counters = ring(x.device).take(cut.counters)
+
+    def pointer(tensor: Tensor | None) -> int | None:
+        return None if tensor is None else tensor.data_ptr()
+
+    arguments = LinearArguments(
+        *map(pointer, (fragments, metadata, x, x_scale, w_scale, bias, y, partial)),
+        counters,
+        x.stride(0) * x.itemsize,
+        *(M, out_features, K, cut.row_tiles, cut.steps, cut.steps_per_split),
+    )
+    (launch or launch_on_gpu)(
+        TYPES[fragments.dtype, y.dtype], cut.variant.name, cut.grid, 32 * cut.variant.warps, arguments, overlap
+    )
+    return y
+
+
+def in_rows_of_16_bytes(x: Tensor) -> Tensor:
+    """x, or a copy of it whose rows start at multiples of 16 bytes: the kernel reads as many at once."""
+    M, K = x.shape
+    per_read = 16 // x.itemsize
+    if x.stride(1) == 1 and x.stride(0) % per_read == 0 and x.data_ptr() % 16 == 0:
+        return x
+    aligned = x.new_empty(M, -(-K // per_read) * per_read)[:, :K]
+    return aligned.copy_(x)
+
+
+def expand(
+    fragments: Tensor, metadata: Tensor, out_features: int, columns: int, *, launch: Launch | None = None
+) -> Tensor:
+    """The dense weight [out_features, columns] of a packed one."""
+    dense = torch.empty(out_features, columns, dtype=fragments.dtype, device=fragments.device)
+    row_tiles, steps = metadata.shape[:2]
+    pointers = (fragments.data_ptr(), metadata.data_ptr(), dense.data_ptr())
+    arguments = ExpandArguments(*pointers, out_features, columns, row_tiles, steps)
+    types = TYPES[fragments.dtype, fragments.dtype]
+    (launch or launch_on_gpu)(types, "expand", (-(-2 * row_tiles * steps // 8), 1, 1), 256, arguments, False)
+    return dense
+
+
+def quantize_rows(x: Tensor, dtype: torch.dtype, *, launch: Launch | None = None) -> tuple[Tensor, Tensor]:
+    """Round x [M, K], bfloat16 or float16, to int8 or float8_e4m3fn: (values [M, K], scale [M] float32 of each row)."""
+    M, K = x.shape
+    # rows start at multiples of 16 bytes, as small_m_linear reads them
+    quantized = torch.empty(M, -(-K // 16) * 16, dtype=dtype, device=x.device)[:, :K]
+    scale = torch.empty(M, dtype=torch.float32, device=x.device)
+    if M > 0:
+        x = in_rows_of_16_bytes(x)
+        pointers = (x.data_ptr(), quantized.data_ptr(), scale.data_ptr())
+        arguments = QuantizeArguments(*pointers, x.stride(0), quantized.stride(0), K)
+        (launch or launch_on_gpu)(TYPES[dtype, x.dtype], "quantize_rows", (M, 1, 1), 256, arguments, False)
+    return quantized, scale
+
+
+def quantized_linear(
+    x: Tensor,
+    fragments: Tensor,
+    metadata: Tensor,
+    scale: Tensor,
+    out_features: int,
+    bias: Tensor | None = None,
+    *,
+    launch: Launch | None = None,
+) -> Tensor:
+    """Multiply by an int8 or float8_e4m3fn weight in fragments, x [M, K] rounded to the same type row by row.
+
+    Args:
+        x: bfloat16 or float16, any strides. scale: [out_features] float32, of the weight's rows.
+        bias: [out_features] of x's dtype.
+
+    Returns:
+        [M, out_features] of x's dtype.
+    """
+    rounded, x_scale = quantize_rows(x, fragments.dtype, launch=launch)
+    weight = (fragments, metadata, out_features, bias)
+    return small_m_linear(rounded, *weight, x_scale=x_scale, w_scale=scale, dtype=x.dtype, launch=launch)
+
+
+def prepack(values: Tensor, bitmask: Tensor) -> tuple[Tensor, Tensor]:
+    """`to_fragments`, and all that a first call would have to do before it: compiling, loading, counters."""
+    fragments, metadata = to_fragments(values, bitmask)
+    small_m_linear(values.new_zeros(1, values.shape[1] * 2), fragments, metadata, values.shape[0])
+    return fragments, metadata
+
+
+class Ring:
+    """Zeros on a device, of which each call takes the next ones; kernels leave them as zeros.
+
+    So calls that run at the same time have counters of their own: a stream holds about a thousand calls at most, and
+    the ring serves many times that. Graphs keep those that they were captured with.
+    """
+
+    SIZE = 1 << 20
+
+    def __init__(self, device: torch.device) -> None:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("cast24: the first call on a device cannot be captured in a graph: make one before")
+        self.zeros = torch.zeros(self.SIZE, dtype=torch.int32, device=device)
+        self._start, self._next = self.zeros.data_ptr(), 0
+
+    def take(self, count: int) -> int:
+        """The address of `count` zeros."""
+        first = self._next if self._next + count <= self.SIZE else 0
+        self._next = first + count
+        return self._start + first * self.zeros.itemsize
+
+
+_rings: dict[torch.device, Ring] = {}
+_multiprocessors: dict[torch.device, int] = {}
+
+
+def ring(device: torch.device) -> Ring:
+    if device not in _rings:
+        _rings[device] = Ring(device)
+    return _rings[device]
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Of the GPU; 1 for the CPU, where only tests come."""
+    if device.type != "cuda":
+        return 1
+    if device not in _multiprocessors:
+        _multiprocessors[device] = torch.cuda.get_device_properties(device).multi_processor_count
+    return _multiprocessors[device]
+
+
+def check(op: str, x: Tensor, fragments: Tensor, metadata: Tensor, out_features: int, bias: Tensor | None) -> None:
+    """RuntimeError, as of the operators on the CPU, where shapes or dtypes do not belong together."""
+    if x.dim() < 1 or x.shape[-1] % 8 or x.shape[-1] == 0:
+        raise RuntimeError(f"cast24::{op}: the last axis of x must be a multiple of 8, x has shape {list(x.shape)}")
+    if fragments.dtype not in (torch.bfloat16, torch.float16) or not x.is_floating_point():
+        raise RuntimeError(f"cast24::{op}: on a GPU weights are bfloat16 or float16, not {fragments.dtype}")
+    row_tiles, steps = -(-out_features // 16), -(-x.shape[-1] // STEP)
+    if out_features < 1 or fragments.shape != (row_tiles, 2 * steps, 32, 8) or metadata.shape != (row_tiles, steps, 32):
+        raise RuntimeError(
+            f"cast24::{op}: {list(fragments.shape)} and {list(metadata.shape)} are not the packed form of a weight "
+            f"{[out_features, x.shape[-1]]}"
+        )
+    if metadata.dtype != torch.uint32 or not fragments.is_contiguous() or not metadata.is_contiguous():
+        raise RuntimeError(f"cast24::{op}: the packed weight must be contiguous, its metadata uint32")
+    if bias is not None and bias.shape != (out_features,):
+        raise RuntimeError(f"cast24::{op}: bias must have shape [{out_features}], not {list(bias.shape)}")

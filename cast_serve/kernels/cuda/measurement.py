@@ -1,0 +1,126 @@
+"""Times of every product that a packed layer can be computed with, on this GPU, weights coming from its memory."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import cycle
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from cast_serve.kernels.cuda import cusparselt
+from cast_serve.kernels.cuda.layout import to_fragments
+from cast_serve.kernels.cuda.linear import TYPES, Launch, expand, multiprocessors, quantize_rows, small_m_linear
+from cast_serve.kernels.cuda.small_m import Plan, Variant, source
+from cast_serve.kernels.cuda.timing import copies, copy_bandwidth, seconds_per_call
+
+Call = Callable[[], object]
+
+
+class Gpu:
+    """The current GPU, and what is measured there."""
+
+    def __init__(self) -> None:
+        self.device = torch.device("cuda", torch.cuda.current_device())
+        self.multiprocessors = multiprocessors(self.device)
+        self.capability = torch.cuda.get_device_capability(self.device)
+        self.has_cusparselt = cusparselt.available()
+
+    small_m = staticmethod(small_m_linear)
+    expand = staticmethod(expand)
+    quantize_rows = staticmethod(quantize_rows)
+    copies = staticmethod(copies)
+    seconds = staticmethod(seconds_per_call)
+
+    def bandwidth(self) -> float:
+        """Bytes/s of a copy, read and written."""
+        return copy_bandwidth()
+
+    def launcher(self, variants: tuple[Variant, ...], dtype: torch.dtype) -> Launch:
+        """Launches other variants than the usual ones."""
+        from cast_serve.kernels.cuda.driver import kernels
+
+        loaded = kernels(source(TYPES[dtype, dtype], variants), self.device.index)
+        return lambda _, *launch: loaded.launch(*launch)
+
+
+class Weight:
+    """A random 2:4 weight [N, K], made on the device: in fragments, and dense as float32."""
+
+    def __init__(self, N: int, K: int, dtype: torch.dtype, device: torch.device) -> None:
+        values = random_values(N, K // 2, dtype, device)
+        kept = torch.rand(N, K // 4, 4, device=device).topk(2).indices.sort(-1).values
+        dense = torch.zeros(N, K // 4, 4, device=device).scatter_(-1, kept, values.float().view(N, K // 4, 2))
+        nibbles = (1 << kept).sum(-1).view(N, K // 8, 2)
+        self.dense = dense.view(N, K)
+        self.packed = to_fragments(values, (nibbles[..., 0] | nibbles[..., 1] << 4).to(torch.uint8))
+
+
+def random_values(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Normal ones; those of 8-bit types use most of the type's range."""
+    values = torch.randn(rows, columns, device=device)
+    return (values * 24).clamp(-127, 127).to(dtype) if dtype.itemsize == 1 else values.to(dtype)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to compute a layer.
+
+    Attributes:
+        calls: one for each copy of the weight.
+        weight_bytes: that a call reads.
+        algorithm: of cuSPARSELt.
+    """
+
+    calls: Sequence[Call]
+    weight_bytes: int
+    algorithm: int = 0
+
+
+class Layer:
+    """Copies of one random weight [N, K] in every form."""
+
+    def __init__(self, N: int, K: int, machine: Gpu, dtype: torch.dtype = torch.bfloat16) -> None:
+        self.N, self.K, self.machine, self.dtype = N, K, machine, dtype
+        first = Weight(N, K, dtype, machine.device)
+        dense, (fragments, metadata) = first.dense.to(dtype), first.packed
+        self.dense_bytes, self.packed_bytes = dense.nbytes, fragments.nbytes + metadata.nbytes
+        self.dense = [dense.clone() for _ in range(machine.copies(dense.nbytes))]
+        self.packed = [(fragments.clone(), metadata.clone()) for _ in range(machine.copies(self.packed_bytes))]
+        self.compressed: list[Tensor] = []
+        if machine.has_cusparselt and cusparselt.fits(N, K):
+            compressed = cusparselt.compress(dense)
+            self.compressed = [compressed.clone() for _ in range(machine.copies(compressed.nbytes))]
+
+    def inputs(self, M: int) -> list[Tensor]:
+        return [torch.randn(M, self.K, device=self.machine.device).to(self.dtype) for _ in range(8)]
+
+    def small_m(
+        self, M: int, cut: Plan | None = None, launch: Launch | None = None, overlap: bool = False
+    ) -> list[Call]:
+        """Calls of the kernel for few rows, one for each copy of the weight."""
+        x, call = cycle(self.inputs(M)), partial(self.machine.small_m, cut=cut, launch=launch, overlap=overlap)
+        return [partial(call, next(x), fragments, metadata, self.N) for fragments, metadata in self.packed]
+
+    def _expanded(self, x: Tensor, fragments: Tensor, metadata: Tensor) -> Tensor:
+        return linear(x, self.machine.expand(fragments, metadata, self.N, self.K))
+
+    def candidates(self, M: int) -> dict[str, Candidate]:
+        """By name: "dense" (cuBLAS on a dense weight) and those of `crossover.Method`."""
+        x = cycle(self.inputs(M))
+        found = {
+            "dense": Candidate([partial(linear, next(x), dense) for dense in self.dense], self.dense_bytes),
+            "small_m": Candidate(self.small_m(M), self.packed_bytes),
+        }
+        if M > 32:
+            calls: list[Call] = [partial(self._expanded, next(x), *packed) for packed in self.packed]
+            found["expanded"] = Candidate(calls, self.packed_bytes)
+        if self.compressed:
+            try:
+                algorithm = cusparselt.search(next(x), self.compressed[0])
+            except RuntimeError:
+                algorithm = 0
+            multiply = [partial(cusparselt.linear, next(x), weight, None, algorithm) for weight in self.compressed]
+            found["cusparselt"] = Candidate(multiply, self.packed_bytes, algorithm)
+        return found

@@ -1,0 +1,49 @@
+"""Seconds that kernels take on the GPU alone: many calls in one CUDA graph, so that launching from Python is free."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+BETWEEN_READS = 256 << 20
+"""Bytes that other calls read before a call finds its weight again: several times a second-level cache."""
+
+
+def copies(nbytes: int) -> int:
+    """How many copies of a weight of so many bytes to rotate through, so that each is read from memory."""
+    return max(2, -(-BETWEEN_READS // nbytes))
+
+
+def seconds_per_call(calls: Sequence[Callable[[], object]], *, repeats: int = 10, budget: float = 0.05) -> float:
+    """The median time of one of `calls`, which follow each other in a graph that is replayed.
+
+    Args:
+        calls: work on the current device without waiting for it; each uses weights of its own.
+        repeats: timed replays, at most; budget: seconds after which no other one is begun.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for call in calls:  # whatever a first call does
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    graph.replay()
+    taken: list[float] = []
+    while len(taken) < repeats and (len(taken) < 3 or sum(taken) < budget):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        taken.append(start.elapsed_time(end) / 1e3)
+    return sorted(taken)[len(taken) // 2] / len(calls)
+
+
+def copy_bandwidth() -> float:
+    """Bytes/s, read and written, of a copy of 1 GB within the GPU's memory: what memory really gives."""
+    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda").random_()
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / seconds_per_call([lambda: target.copy_(source)] * 4)

@@ -1,0 +1,78 @@
+"""Measures every way to compute a model's packed layers, over rows of x, for `crossover` to choose by."""
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import torch
+
+from cast_serve.kernels.cuda.crossover import DENSE, METHODS, Layer, Point
+from cast_serve.kernels.cuda.measurement import Gpu
+from cast_serve.kernels.cuda.measurement import Layer as MeasuredLayer
+from conversion.errors import InputError
+from conversion.packed_checkpoint import PackedCheckpoint
+
+ROWS = tuple(1 << power for power in range(14))
+"""1 to 8192."""
+HOPELESS = 4.0
+"""A method this many times as slow as the best is not measured at more rows, if it was slower at fewer already."""
+
+_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
+def layers_of(directory: Path) -> list[Layer]:
+    """The packed layers of a checkpoint by shape, also fused (qkv, gate and up) as vLLM runs them.
+
+    Raises:
+        InputError: not a packed checkpoint, or one whose values are quantized, for which GPUs have no choice yet.
+    """
+    checkpoint = PackedCheckpoint(directory)
+    if checkpoint.quantization is not None:
+        raise InputError(f"{directory} holds quantized values, and there is nothing to tune for those yet")
+    # GPUs run 16-bit weights; what is stored as float32 becomes bfloat16 there
+    dtype = checkpoint.value_dtype if checkpoint.value_dtype.itemsize == 2 else torch.bfloat16
+    name_of_dtype = str(dtype).removeprefix("torch.")
+    shapes = {name: checkpoint.linear_shape(name) for name in checkpoint.sparse_layers}
+    found = [(*shape, name_of_dtype) for shape in shapes.values()]
+    for parts in _FUSED:
+        for name, (_, columns) in shapes.items():
+            stem = name.removesuffix(parts[0])
+            together = [shapes[stem + part] for part in parts if stem + part in shapes]
+            if name.endswith(parts[0]) and len(together) == len(parts):
+                found.append((sum(rows for rows, _ in together), columns, name_of_dtype))
+    return sorted(set(found))
+
+
+def tune(
+    machine: Gpu, layers: Iterable[Layer], rows: Sequence[int] = ROWS, advance: Callable[[int], None] = lambda _: None
+) -> dict[Layer, list[Point]]:
+    """Measure every layer at every number of rows; `advance` counts the measurements."""
+    return {layer: _tune_layer(machine, layer, rows, advance) for layer in layers}
+
+
+def _tune_layer(machine: Gpu, layer: Layer, rows: Sequence[int], advance: Callable[[int], None]) -> list[Point]:
+    N, K, dtype = layer
+    measured = MeasuredLayer(N, K, machine, getattr(torch, dtype))
+    points: list[Point] = []
+    hopeless: set[str] = set()
+    for M in rows:
+        seconds: dict[str, float] = {}
+        candidates = measured.candidates(M)
+        for name, candidate in candidates.items():
+            if name in hopeless:
+                continue
+            try:
+                seconds[name] = machine.seconds(candidate.calls)
+            except RuntimeError:  # a shape that a library refuses is one that it is not chosen for
+                continue
+        best = min(seconds[name] for name in METHODS if name in seconds)
+        slow = {name for name, taken in seconds.items() if taken > HOPELESS * best and name != DENSE}
+        if points:
+            hopeless |= {name for name in slow if points[-1].seconds.get(name, 0.0) > HOPELESS * _best(points[-1])}
+        algorithm = candidates["cusparselt"].algorithm if "cusparselt" in candidates else 0
+        points.append(Point(M, seconds, algorithm))
+        advance(1)
+    return points
+
+
+def _best(point: Point) -> float:
+    return min(point.seconds[name] for name in METHODS if name in point.seconds)

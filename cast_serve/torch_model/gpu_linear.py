@@ -1,0 +1,52 @@
+"""The packed linear on a GPU."""
+
+import os
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from cast_serve.kernels.cuda import cusparselt, linear
+from cast_serve.torch_model.modules import SparseLinear
+from conversion.errors import InputError
+
+SparseMemory = Literal["low", "fast"]
+"""low: one copy of the weight, 9/16 of a dense one; many rows of x meet a dense weight that is made for the call.
+fast: also cuSPARSELt's copy, as large again, for many rows of x."""
+
+
+def sparse_memory() -> SparseMemory:
+    """What the environment variable CAST24_SPARSE_MEMORY asks for; low unless it does."""
+    chosen = os.environ.get("CAST24_SPARSE_MEMORY", "low")
+    for mode in get_args(SparseMemory):
+        if chosen == mode:
+            return mode
+    raise InputError(f"CAST24_SPARSE_MEMORY is '{chosen}': set it to {' or '.join(get_args(SparseMemory))}")
+
+
+class GpuSparseLinear(SparseLinear):
+    """x [..., K] of a floating dtype -> [..., N] of the same, with a 2:4 weight of bfloat16 or float16 values."""
+
+    compressed: Tensor | None
+
+    def pack(self, values: Tensor, bitmask: Tensor) -> None:
+        """Take values [N, K/2], of which float32 becomes bfloat16, and bitmask [N, K/8] on the GPU."""
+        values = values.bfloat16() if values.dtype == torch.float32 else values
+        panel_values, panel_indices = linear.prepack(values, bitmask)
+        self.register_buffer("panel_values", panel_values, persistent=False)
+        self.register_buffer("panel_indices", panel_indices, persistent=False)
+        compressed = None
+        if (
+            sparse_memory() == "fast"
+            and cusparselt.available()
+            and cusparselt.fits(self.out_features, self.in_features)
+        ):
+            sizes = self.out_features, self.in_features
+            compressed = cusparselt.compress(linear.expand(panel_values, panel_indices, *sizes))
+        self.register_buffer("compressed", compressed, persistent=False)
+
+    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        y: Tensor = torch.ops.cast24.linear_cuda(
+            x, self.panel_values, self.panel_indices, self.compressed, self.out_features, bias
+        )
+        return y

@@ -1,0 +1,68 @@
+"""The kernels' checks and timings for a GPU: put together on the CPU, and run where there is a GPU."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+from torch import Tensor
+
+from benchmarks.gpu import kernels
+from benchmarks.gpu.kernel_checks import SHAPES, TINY_SHAPES, correctness
+from benchmarks.gpu.machines import Rehearsal
+from cast_serve.kernels.cuda.measurement import Gpu
+
+
+def test_a_rehearsal_writes_every_part(tmp_path: Path) -> None:
+    with pytest.raises(typer.Exit) as end:
+        kernels.main(tmp_path, 230.0, tiny=True)
+    assert end.value.exit_code == 0
+    parts = {path.stem: json.loads(path.read_text()) for path in tmp_path.iterdir()}
+    assert set(parts) == {"correctness", "decode", "graphs", "prefill", "cuts"}
+    assert parts["correctness"]["ok"]
+    records = parts["decode"]["records"]
+    assert [record["M"] for record in records] == kernels.DECODE
+    assert all(record["speedup_over_dense"]["dense"] == 1 for record in records)
+    assert set(records[0]["seconds"]) == {"dense", "small_m", "small_m overlapping"}
+    assert "expanded" in parts["prefill"]["records"][0]["seconds"]
+    assert all(cut["best"] for cut in parts["cuts"])
+
+
+def test_a_wrong_kernel_is_found_and_its_place_is_shown() -> None:
+    class SecondTileSwapped(Rehearsal):
+        @staticmethod
+        def small_m(x: Tensor, *rest: Tensor, **options: Tensor) -> Tensor:  # type: ignore[override]
+            x = torch.cat((x[:, :32], x[:, 32:].roll(1, 1)), 1)
+            return Rehearsal.small_m(x, *rest, **options)  # type: ignore[arg-type]
+
+    found = correctness(SecondTileSwapped(), TINY_SHAPES)
+    assert not found["ok"]
+    assert "small_m bfloat16 8x136x1032" in found["wrong"]
+    tile = found["checks"]["tile torch.bfloat16"]
+    assert all(set(row[:32]) == {"."} and "x" in row[32:] for row in tile["where"])
+
+
+def test_a_kernel_that_cannot_run_is_found() -> None:
+    class Broken(Rehearsal):
+        @staticmethod
+        def expand(*_: object) -> Tensor:  # type: ignore[override]
+            raise RuntimeError("no kernel image")
+
+    found = correctness(Broken(), TINY_SHAPES[:1])
+    assert found["checks"]["expand bfloat16 1x16x64"] == {"failure": "no kernel image"}
+    assert "expand bfloat16 1x16x64" in found["wrong"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_kernels_on_the_gpu() -> None:
+    found = correctness(Gpu(), SHAPES)
+    assert found["ok"], found["wrong"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_operators_in_graphs_on_streams_and_compiled() -> None:
+    found = kernels.graphs(Gpu())
+    assert found["ok"], found

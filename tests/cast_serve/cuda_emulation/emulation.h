@@ -1,0 +1,288 @@
+// Runs CUDA kernels of one block shape on the CPU: every thread is a fiber, and a block's fibers take turns at each
+// __syncthreads() and each mma.sp, in random order, so that a missing barrier shows. Takes tensor_core.cuh's place.
+//
+// mma.sp follows the tables of the PTX ISA, sections 9.7.14.6.1 (storage), .2.2 (m16n8k32, 16-bit types) and .2.6
+// (m16n8k64, 8-bit types), and knows nothing of how the weight was packed.
+#pragma once
+
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <random>
+#include <vector>
+
+#define __device__
+#define __global__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __shared__ static
+
+struct uint2 {
+  unsigned x, y;
+};
+struct uint4 {
+  unsigned x, y, z, w;
+};
+struct Dim {
+  int x, y, z;
+};
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+inline unsigned __float_as_uint(float v) {
+  unsigned bits;
+  std::memcpy(&bits, &v, 4);
+  return bits;
+}
+inline float __uint_as_float(unsigned bits) {
+  float v;
+  std::memcpy(&v, &bits, 4);
+  return v;
+}
+using std::min;
+
+static Dim threadIdx, blockIdx, gridDim;
+
+namespace emulation {
+
+[[noreturn]] inline void fail(const char* what) {
+  std::fprintf(stderr, "emulation: %s (block %d %d %d, thread %d)\n", what, blockIdx.x, blockIdx.y, blockIdx.z,
+               threadIdx.x);
+  std::abort();
+}
+
+// Memory that kernels may read, and how often each of its bytes was read.
+struct Region {
+  const unsigned char* data;
+  size_t bytes;
+  unsigned char* reads;
+};
+inline std::vector<Region> regions;
+inline bool checked;
+
+inline void read(const void* p, size_t bytes) {
+  const auto* at = static_cast<const unsigned char*>(p);
+  if (reinterpret_cast<uintptr_t>(p) % bytes) fail("misaligned load");
+  for (Region& region : regions)
+    if (at >= region.data && at + bytes <= region.data + region.bytes) {
+      for (size_t i = 0; i < bytes; ++i) ++region.reads[at - region.data + i];
+      return;
+    }
+  if (checked) fail("load outside of every argument");
+}
+
+struct Fiber {
+  ucontext_t context;
+  std::vector<char> stack = std::vector<char>(96 << 10);
+  bool done;
+};
+inline std::vector<Fiber> fibers;
+inline ucontext_t scheduler;
+inline int arrived;           // at the barrier
+inline unsigned generation;  // of the barrier
+inline std::function<void()> body;
+
+inline void yield() {
+  const int self = threadIdx.x;
+  swapcontext(&fibers[self].context, &scheduler);
+}
+
+inline void entry() {
+  body();
+  fibers[threadIdx.x].done = true;
+  swapcontext(&fibers[threadIdx.x].context, &scheduler);
+}
+
+// One warp's registers at an mma.sp; the next one uses the other half, as lanes are at most one apart.
+struct Exchange {
+  uint4 a[2][32], b[2][32];
+  unsigned e[2][32];
+  unsigned count[32];
+};
+inline std::vector<Exchange> warps;
+
+inline void run_block(int threads, std::mt19937& random) {
+  fibers.resize(threads);
+  warps.assign(threads / 32, Exchange{});
+  arrived = 0;
+  generation = 0;
+  std::vector<int> order(threads);
+  for (int t = 0; t < threads; ++t) {
+    order[t] = t;
+    Fiber& fiber = fibers[t];
+    fiber.done = false;
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack.data();
+    fiber.context.uc_stack.ss_size = fiber.stack.size();
+    fiber.context.uc_link = nullptr;
+    makecontext(&fiber.context, entry, 0);
+  }
+  std::shuffle(order.begin(), order.end(), random);
+  for (int left = threads; left > 0;)
+    for (int t : order) {
+      if (fibers[t].done) continue;
+      threadIdx.x = t;
+      swapcontext(&scheduler, &fibers[t].context);
+      left -= fibers[t].done;
+    }
+}
+
+}  // namespace emulation
+
+inline void __syncthreads() {
+  const unsigned mine = emulation::generation;
+  if (++emulation::arrived == static_cast<int>(emulation::fibers.size())) {
+    emulation::arrived = 0;
+    ++emulation::generation;
+  }
+  while (emulation::generation == mine) emulation::yield();
+}
+
+namespace cast24 {
+
+struct Bf16 {};
+struct Fp16 {};
+struct E4m3 {};
+struct S8 {};
+
+inline uint4 load_once(const uint4* p) {
+  emulation::read(p, 16);
+  return *p;
+}
+inline unsigned load_once(const unsigned* p) {
+  emulation::read(p, 4);
+  return *p;
+}
+inline uint4 load(const uint4* p) {
+  emulation::read(p, 16);
+  return *p;
+}
+inline unsigned load(const unsigned* p) {
+  emulation::read(p, 4);
+  return *p;
+}
+inline uint2 load(const uint2* p) {
+  emulation::read(p, 8);
+  return *p;
+}
+inline uint4 load_shared_by_blocks(const uint4* p) { return *p; }
+
+inline void let_next_begin() {}
+inline void wait_for_previous() {}
+
+inline bool last_to_arrive(unsigned* counter, unsigned blocks) {
+  __shared__ bool last;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    last = *counter == blocks - 1;
+    *counter = last ? 0 : *counter + 1;
+  }
+  __syncthreads();
+  return last;
+}
+
+inline float to_float(Bf16, unsigned short bits) { return __uint_as_float(static_cast<unsigned>(bits) << 16); }
+inline float to_float(Fp16, unsigned short bits) {
+  _Float16 v;
+  std::memcpy(&v, &bits, 2);
+  return static_cast<float>(v);
+}
+inline unsigned short from_float(Bf16, float v) {
+  const unsigned bits = __float_as_uint(v);
+  return static_cast<unsigned short>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);  // to nearest even; no NaN here
+}
+inline unsigned short from_float(Fp16, float v) {
+  const _Float16 half = static_cast<_Float16>(v);
+  unsigned short bits;
+  std::memcpy(&bits, &half, 2);
+  return bits;
+}
+inline float to_float(S8, unsigned char bits) { return static_cast<signed char>(bits); }
+inline float to_float(E4m3, unsigned char bits) {
+  const int exponent = bits >> 3 & 15, mantissa = bits & 7;
+  const float v = exponent ? std::ldexp(8.0f + mantissa, exponent - 10) : std::ldexp(static_cast<float>(mantissa), -9);
+  return bits & 128 ? -v : v;
+}
+
+inline float magnitude(float v) { return std::fabs(v); }
+template <class T>
+constexpr float kLargest = 127.0f;
+template <>
+constexpr float kLargest<E4m3> = 448.0f;
+inline unsigned char to_8_bits(S8, float v) { return static_cast<unsigned char>(static_cast<int>(std::nearbyint(v))); }
+inline unsigned char to_8_bits(E4m3 type, float v) {  // the nearest, of two the even one; 127 and 255 are no numbers
+  int nearest = 0;
+  for (int code = 1; code < 255; ++code) {
+    if (code == 127) continue;
+    const float error = std::fabs(to_float(type, code) - v), least = std::fabs(to_float(type, nearest) - v);
+    if (error < least || (error == least && code % 2 == 0)) nearest = code;
+  }
+  return static_cast<unsigned char>(nearest);
+}
+template <class T>
+unsigned short to_8_bits(T type, float low, float high) {
+  return static_cast<unsigned short>(to_8_bits(type, low) | to_8_bits(type, high) << 8);
+}
+
+inline unsigned word(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
+
+// Element i of a lane's fragment, elements of kBits each, the first in the low bits of the first register.
+template <class T>
+float element(T type, const uint4& fragment, int i) {
+  constexpr int per_word = std::is_same_v<T, S8> || std::is_same_v<T, E4m3> ? 4 : 2;
+  const unsigned bits = word(fragment, i / per_word) >> i % per_word * (32 / per_word);
+  if constexpr (per_word == 4)
+    return to_float(type, static_cast<unsigned char>(bits));
+  else
+    return to_float(type, static_cast<unsigned short>(bits));
+}
+
+template <int kSelector, class T, class Sum>
+void mma_sp(T type, Sum (&d)[4], const uint4& a, const uint4& b, unsigned e) {
+  constexpr bool wide = !(std::is_same_v<T, S8> || std::is_same_v<T, E4m3>);  // 16-bit
+  constexpr int K = wide ? 32 : 64, elements = wide ? 8 : 16;
+  const int lane = threadIdx.x % 32;
+  emulation::Exchange& warp = emulation::warps[threadIdx.x / 32];
+  const unsigned turn = warp.count[lane]++, half = turn % 2;
+  warp.a[half][lane] = a;
+  warp.b[half][lane] = b;
+  warp.e[half][lane] = e;
+  while (*std::min_element(warp.count, warp.count + 32) <= turn) emulation::yield();
+
+  static float A[16][64], B[64][8];
+  std::memset(A, 0, sizeof A);
+  for (int l = 0; l < 32; ++l) {
+    const int group = l >> 2, thread = l % 4;  // groupID and threadID_in_group
+    for (int i = 0; i < elements; ++i) {
+      int row, chunk;  // chunk: first of the 4 columns that this value is one of
+      if (wide) {
+        row = (i < 2 || (4 <= i && i < 6)) ? group : group + 8;
+        chunk = i < 4 ? thread * 4 : thread * 4 + 16;
+      } else {
+        row = (i < 4 || (8 <= i && i < 12)) ? group : group + 8;
+        chunk = (i < 8 ? thread * 8 : thread * 8 + 32) + i % 4 / 2 * 4;
+      }
+      // Figures 122, 136 and 137: which lane tells where in row and chunk, and in which of its bits
+      const int teller = wide ? 4 * (row % 8) + 2 * kSelector + chunk / 16 : 4 * (row % 8) + row / 8 + 2 * (chunk / 32);
+      const int shift = wide ? row / 8 * 16 + chunk % 16 : chunk % 32;
+      const unsigned pair = warp.e[half][teller] >> shift & 15;
+      if ((pair & 3) >= pair >> 2) emulation::fail("metadata out of order");
+      A[row][chunk + (i % 2 ? pair >> 2 : pair & 3)] = element(type, warp.a[half][l], i);
+      const int k = wide ? thread * 2 + i % 2 + i / 2 * 8 : thread * 4 + i % 4 + i / 4 * 16;
+      B[k][group] = element(type, warp.b[half][l], i);
+    }
+  }
+  const int group = lane >> 2, thread = lane % 4;
+  for (int i = 0; i < 4; ++i) {
+    const int row = i < 2 ? group : group + 8, column = thread * 2 + i % 2;
+    double sum = d[i];
+    for (int k = 0; k < K; ++k) sum += static_cast<double>(A[row][k]) * B[k][column];
+    d[i] = static_cast<Sum>(sum);
+  }
+}
+
+}  // namespace cast24

@@ -1,0 +1,84 @@
+"""Builds the emulation and runs kernels in it."""
+
+import ctypes
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from cast_serve.kernels.cuda.small_m import CSRC, Types, Variant, others
+
+HERE = Path(__file__).parent
+
+
+class Emulation:
+    """Kernels of `variants` for each of `types`, compiled for the CPU."""
+
+    def __init__(self, directory: Path, variants: Sequence[Variant], types: Sequence[Types]) -> None:
+        lines, names = [], []
+        for kinds in types:
+            for variant in variants:
+                names.append(_name(kinds, variant.name))
+                lines.append(variant.macro(kinds).replace(variant.name, names[-1], 1))
+            if kinds.weight != kinds.output:
+                names.append(_name(kinds, "quantize_rows"))
+                lines.append(f"#define quantize_rows {names[-1]}\n{others(kinds)}\n#undef quantize_rows")
+        lines.append("CAST24_EXPAND")
+        entries = ", ".join(f"ENTRY({name})" for name in [*names, "expand"])
+        (directory / "kernels.inc").write_text("\n".join([*lines, f"#define KERNELS {entries}", ""]))
+        library = directory / "emulation.so"
+        command = ["g++", "-std=c++20", "-O2", "-shared", "-fPIC", "-Wall", "-Wno-unknown-pragmas"]
+        includes = [f"-I{HERE}", f"-I{directory}", f"-I{CSRC}"]
+        subprocess.run([*command, *includes, str(HERE / "run.cpp"), "-o", str(library)], check=True)
+        self._emulate = ctypes.CDLL(str(library)).emulate
+
+
+class Launcher:
+    """Takes the place of `linear.launch_on_gpu`, with tensors on the CPU.
+
+    Args:
+        readable: the tensors that a kernel may read; None if that is not to be checked.
+
+    Attributes:
+        reads: of each readable tensor, how often each of its bytes was read.
+    """
+
+    def __init__(self, emulation: Emulation, readable: Sequence[Tensor] | None, seed: int = 0) -> None:
+        self._emulation, self._seed = emulation, seed
+        self._readable, self._unchecked = readable or (), readable is None
+        self.reads: list[Tensor] = []
+
+    def __call__(
+        self,
+        types: Types,
+        name: str,
+        grid: tuple[int, int, int],
+        threads: int,
+        arguments: ctypes.Structure,
+        overlap: bool,
+    ) -> None:
+        # a view's rows may have gaps between them
+        sizes = [
+            tensor.untyped_storage().nbytes() - tensor.storage_offset() * tensor.itemsize for tensor in self._readable
+        ]
+        starts = (ctypes.c_void_p * len(sizes))(*(tensor.data_ptr() for tensor in self._readable))
+        reads = torch.zeros(sum(sizes), dtype=torch.uint8)
+        result = self._emulation._emulate(
+            (name if name == "expand" else _name(types, name)).encode(),
+            (ctypes.c_int * 3)(*grid),
+            threads,
+            ctypes.byref(arguments),
+            -1 if self._unchecked else len(sizes),
+            starts,
+            (ctypes.c_int64 * len(sizes))(*sizes),
+            ctypes.c_void_p(reads.data_ptr()),
+            ctypes.c_uint(self._seed),
+        )
+        assert result == 0, f"no kernel {name} for {types}"
+        self.reads = list(reads.split(sizes))
+
+
+def _name(types: Types, kernel: str) -> str:
+    return f"{types.weight}_{types.output}_{kernel}"

@@ -1,0 +1,68 @@
+"""NVRTC compiles the kernels for every architecture, without a GPU; the compiler's report says what they take."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from cast_serve.kernels.cuda import nvrtc
+from cast_serve.kernels.cuda.linear import TYPES
+from cast_serve.kernels.cuda.small_m import VARIANTS, source
+
+pytest.importorskip("cuda.bindings.nvrtc", reason="needs the extra 'gpu'")
+
+ARCHITECTURES = ["sm_80", "sm_89", "sm_90a", "sm_100", "sm_120"]
+# mma.sp of 8-bit floats is one instruction on these; elsewhere the compiler makes it of conversions to 16 bits
+FP8 = ["sm_89", "sm_120"]
+CASES = [(dtype, architecture) for dtype in (torch.bfloat16, torch.int8) for architecture in ARCHITECTURES]
+CASES += [(torch.float16, "sm_90a"), *((torch.float8_e4m3fn, architecture) for architecture in FP8)]
+
+
+@pytest.mark.parametrize(("dtype", "architecture"), CASES)
+def test_kernels_fit_their_registers(dtype: torch.dtype, architecture: str) -> None:
+    types = TYPES[dtype, torch.float16 if dtype == torch.float16 else torch.bfloat16]
+    compiled = nvrtc.compile_source(source(types), architecture)
+    report = re.findall(
+        r"entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads.*?"
+        r"Used (\d+) registers",
+        compiled.log,
+        re.DOTALL,
+    )
+    spills = {name: numbers[:3] for name, *numbers in report}
+    expected = {variant.name for variant in VARIANTS} | {"expand" if dtype.itemsize == 2 else "quantize_rows"}
+    assert set(spills) == expected
+    assert all(numbers == ["0", "0", "0"] for numbers in spills.values()), spills
+    registers = {name: int(numbers[3]) for name, *numbers in report}
+    assert all(registers[v.name] * 32 * v.warps * v.blocks <= 65536 for v in VARIANTS)
+    assert compiled.code[:4] == b"\x7fELF"
+
+
+def test_ptx_for_devices_newer_than_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert nvrtc.target((9, 0)) == "sm_90"
+    newest = nvrtc.target((99, 0))
+    assert re.fullmatch(r"compute_\d+", newest)
+    ptx = nvrtc.compile_source(source(TYPES[torch.bfloat16, torch.bfloat16], VARIANTS[:1]), newest).code
+    assert b"mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32.bf16.bf16.f32" in ptx
+
+
+def test_code_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    text = 'extern "C" __global__ void nothing() {}'
+    code = nvrtc.cached_code(text, "sm_90")
+    assert [path.read_bytes() for path in nvrtc.cache_directory().iterdir()] == [code]
+    monkeypatch.setattr(nvrtc, "compile_source", lambda *_: pytest.fail("compiled again"))
+    assert nvrtc.cached_code(text, "sm_90") == code
+    with pytest.raises(pytest.fail.Exception):
+        nvrtc.cached_code(text, "sm_80")
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert nvrtc.cached_code('extern "C" __global__ void nothing() {}', "sm_90")[:4] == b"\x7fELF"
+
+
+def test_errors_of_the_source_are_shown() -> None:
+    with pytest.raises(RuntimeError, match='identifier "nowhere" is undefined'):
+        nvrtc.compile_source('extern "C" __global__ void f() { nowhere(); }', "sm_90")

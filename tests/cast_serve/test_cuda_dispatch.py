@@ -1,0 +1,158 @@
+"""Which product the GPU operators take, and the operators themselves with the emulation in the GPU's place."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import cast_serve.kernels.torch_ops
+from cast_serve.kernels.cuda import crossover, cusparselt, linear, torch_ops
+from cast_serve.kernels.cuda.crossover import Choice, Point, Table
+from cast_serve.kernels.cuda.layout import to_fragments
+from cast_serve.kernels.cuda.linear import TYPES, prepack
+from cast_serve.kernels.cuda.small_m import VARIANTS
+from tests.cast_serve.cuda_emulation.runner import Emulation, Launcher
+from tests.cast_serve.sparse_layers import random_layer
+
+WHERE = {"device": "NVIDIA H100 80GB HBM3", "driver": 13000, "torch": "2.11.0", "cusparselt": 800}
+LAYER = (64, 128, "bfloat16")
+BF16 = TYPES[torch.bfloat16, torch.bfloat16]
+
+
+def points(*rows: int, **seconds: list[float]) -> list[Point]:
+    return [
+        Point(row, {method: taken[i] for method, taken in seconds.items()}, algorithm=i) for i, row in enumerate(rows)
+    ]
+
+
+def test_the_measured_times_decide() -> None:
+    measured = points(1, 64, 1024, small_m=[1.0, 2.0, 9.0], expanded=[3.0, 3.0, 5.0], cusparselt=[4.0, 1.0, 3.0])
+    table = Table({LAYER: list(reversed(measured))}, crossover.DEVICES["H100"])
+    assert table.choose(1, LAYER, True) == Choice("small_m")
+    assert table.choose(2, LAYER, True) == Choice("cusparselt", 1)  # as at 64 rows
+    assert table.choose(2, LAYER, False) == Choice("small_m")
+    assert table.choose(5000, LAYER, True) == Choice("cusparselt", 2)
+    assert table.choose(5000, LAYER, False) == Choice("expanded")
+
+
+@pytest.mark.parametrize("device", [*crossover.DEVICES, "NVIDIA L40S"])
+def test_the_model_streams_for_few_rows_and_multiplies_for_many(device: str) -> None:
+    table = Table({}, crossover.modelled_device(device))
+    for layer in ((4096, 4096, "bfloat16"), (14336, 4096, "float16")):
+        assert all(table.choose(M, layer, True).method == "small_m" for M in (1, 8, 16, 32))
+        assert table.choose(8192, layer, True).method == "cusparselt"
+        assert table.choose(8192, layer, False).method == "expanded"
+
+
+def test_a_table_counts_where_it_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    crossover.save({LAYER: points(8, small_m=[2.0], expanded=[1.0])}, WHERE)
+    other = (32, 64, "float16")
+    path = crossover.save({other: points(8, small_m=[1.0], expanded=[2.0])}, WHERE)
+    assert path.name == "NVIDIA-H100-80GB-HBM3.json"
+    assert len(json.loads(path.read_text())["layers"]) == 2
+    assert crossover.load(WHERE).choose(1, LAYER, False).method == "expanded"
+    assert crossover.load(WHERE).choose(1, other, False).method == "small_m"
+    assert not crossover.load(WHERE | {"torch": "2.12.0"}).points
+    monkeypatch.setenv("CAST24_TUNING", str(tmp_path / "elsewhere.json"))
+    assert not crossover.load(WHERE).points
+
+
+@pytest.fixture(scope="module")
+def emulation(tmp_path_factory: pytest.TempPathFactory) -> Emulation:
+    return Emulation(tmp_path_factory.mktemp("emulation"), VARIANTS, [BF16])
+
+
+class Gpu:
+    """Stands in for the GPU: the emulation launches kernels, and a table chooses.
+
+    Attributes:
+        launched: names of kernels.
+    """
+
+    def __init__(self, emulation: Emulation, table: Table, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.launched: list[str] = []
+
+        def launch(types: Any, name: str, *rest: Any) -> None:
+            self.launched.append(name)
+            Launcher(emulation, None)(types, name, *rest)
+
+        monkeypatch.setattr(linear, "launch_on_gpu", launch)
+        monkeypatch.setattr(torch_ops, "table", lambda _: table)
+
+
+@pytest.mark.parametrize(("rows", "kernel"), [(1, VARIANTS[0].name), (9, VARIANTS[1].name), (64, "expand")])
+def test_operators_by_rows(emulation: Emulation, monkeypatch: pytest.MonkeyPatch, rows: int, kernel: str) -> None:
+    seconds = {"small_m": [1.0, 2.0], "expanded": [2.0, 1.0]}
+    gpu = Gpu(emulation, Table({LAYER: points(32, 64, **seconds)}, crossover.DEVICES["H100"]), monkeypatch)
+    layer, x, bias = random_layer(64, 128, torch.bfloat16), torch.randn(rows, 128), torch.randn(64)
+    packed = prepack(layer.values, layer.bitmask)
+    gpu.launched.clear()
+    expected = x.bfloat16().double() @ layer.dense.double().T + bias.double()
+    y = torch_ops.linear_packed(x, *packed, 64, bias)
+    assert y.dtype == x.dtype
+    torch.testing.assert_close(y.double(), expected, rtol=2e-2, atol=2e-2)
+    assert gpu.launched == [kernel]
+    assert torch.equal(torch_ops.linear(x, layer.values, layer.bitmask, None, bias), y)
+
+
+def test_any_leading_axes(emulation: Emulation, monkeypatch: pytest.MonkeyPatch) -> None:
+    Gpu(emulation, Table({}, crossover.DEVICES["H100"]), monkeypatch)
+    layer = random_layer(24, 40, torch.bfloat16)
+    packed = to_fragments(layer.values, layer.bitmask)
+    for shape in ((40,), (2, 3, 40), (0, 40)):
+        x = torch.randn(shape).bfloat16()
+        y = torch_ops.linear_packed(x, *packed, 24)
+        torch.testing.assert_close(y, torch.nn.functional.linear(x, layer.dense), rtol=2e-2, atol=2e-2)
+
+
+def test_cusparselt_gets_whole_rows_of_eight(emulation: Emulation, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def multiply(compressed: Any, right: Any, bias: Any, *, transpose_result: bool, alg_id: int) -> Any:
+        seen.append((tuple(right.shape), alg_id, transpose_result))
+        return torch.nn.functional.linear(right.t(), compressed, bias)
+
+    Gpu(emulation, Table({LAYER: points(512, small_m=[2.0], cusparselt=[1.0])}, crossover.DEVICES["H100"]), monkeypatch)
+    monkeypatch.setattr(torch, "_cslt_sparse_mm", multiply)
+    layer, x = random_layer(64, 128, torch.bfloat16), torch.randn(2, 50, 128).bfloat16()
+    packed = to_fragments(layer.values, layer.bitmask)
+    y = torch_ops.linear_cuda(x, *packed, layer.dense, 64, None)
+    torch.testing.assert_close(y, torch.nn.functional.linear(x, layer.dense), rtol=2e-2, atol=2e-2)
+    assert seen == [((128, 104), 0, True)]
+    assert cusparselt.fits(64, 128)
+    assert not cusparselt.fits(40, 136)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.ones(2, 12)}, "multiple of 8"),
+        ({"x": torch.ones(2, 64)}, "not the packed form of a weight"),
+        ({"out_features": 70}, "not the packed form of a weight"),
+        ({"fragments": torch.ones(2, 4, 32, 8)}, "bfloat16 or float16"),
+        ({"bias": torch.ones(3)}, r"bias must have shape \[24\]"),
+    ],
+)
+def test_what_does_not_belong_together_is_refused(change: dict[str, Any], message: str) -> None:
+    layer = random_layer(24, 128, torch.bfloat16)
+    fragments, metadata = to_fragments(layer.values, layer.bitmask)
+    x = torch.ones(2, 128)
+    given = {"x": x, "fragments": fragments, "metadata": metadata, "compressed": None, "out_features": 24, "bias": None}
+    with pytest.raises(RuntimeError, match=message):
+        torch_ops.linear_cuda(**given | change)
+
+
+def test_operators_are_registered_for_gpus() -> None:
+    ops = cast_serve.kernels.torch_ops.torch.ops.cast24
+    with FakeTensorMode():
+        x = torch.empty(2, 5, 64, dtype=torch.bfloat16, device="cuda")
+        fragments = torch.empty(1, 2, 32, 8, dtype=torch.bfloat16, device="cuda")
+        metadata = torch.empty(1, 1, 32, dtype=torch.uint32, device="cuda")
+        for y in (ops.linear_packed(x, fragments, metadata, 16), ops.linear_cuda(x, fragments, metadata, None, 16)):
+            assert (y.shape, y.dtype, y.device.type) == ((2, 5, 16), x.dtype, "cuda")
+    for name in ("linear", "linear_packed", "linear_cuda"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"cast24::{name}", "CUDA")

@@ -1,0 +1,203 @@
+"""The CUDA kernels without a GPU: their layout, and their own source run under an emulation of mma.sp."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from cast_serve.kernels.cuda.layout import from_fragments, to_fragments
+from cast_serve.kernels.cuda.linear import (
+    TYPES,
+    Ring,
+    expand,
+    in_rows_of_16_bytes,
+    quantize_rows,
+    quantized_linear,
+    ring,
+    small_m_linear,
+)
+from cast_serve.kernels.cuda.small_m import VARIANTS, Plan, Variant, plan
+from conversion.errors import InputError
+from tests.cast_serve.cuda_emulation.runner import Emulation, Launcher
+from tests.cast_serve.sparse_layers import random_layer
+
+DTYPES = [torch.bfloat16, torch.float16]
+DTYPES_8_BIT = [torch.int8, torch.float8_e4m3fn]
+
+
+@pytest.fixture(scope="session")
+def emulation(tmp_path_factory: pytest.TempPathFactory) -> Emulation:
+    return Emulation(tmp_path_factory.mktemp("emulation"), VARIANTS, list(TYPES.values())[:5])
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, *DTYPES_8_BIT])
+@pytest.mark.parametrize(("rows", "columns"), [(16, 64), (1, 8), (40, 72), (33, 576), (128, 136)])
+def test_fragments_come_back(rows: int, columns: int, dtype: torch.dtype) -> None:
+    layer = random_layer(rows, columns, torch.float32)
+    values = (layer.values * 20).to(dtype)
+    fragments, metadata = to_fragments(values, layer.bitmask)
+    assert fragments.is_contiguous()
+    assert metadata.is_contiguous()
+    size, bits = fragments.nbytes + metadata.nbytes, 8 * dtype.itemsize
+    padded = -(-rows // 16) * 16 * (-(-columns // 64)) * 64
+    assert size * 8 == padded * (bits + 2) // 2  # 9/16 of 16 bits, 5/8 of 8
+    back, bitmask = from_fragments(fragments, metadata, rows, columns)
+    assert torch.equal(back.view(torch.uint8), values.view(torch.uint8))
+    assert torch.equal(bitmask, layer.bitmask)
+
+
+def test_a_damaged_bitmask_is_refused() -> None:
+    layer = random_layer(16, 64, torch.bfloat16)
+    layer.bitmask[3, 2] = 0b0111_0011
+    with pytest.raises(InputError, match="row 3, group 5 of the bitmask is 0111"):
+        to_fragments(layer.values, layer.bitmask)
+
+
+def emulated(
+    emulation: Emulation,
+    x: Tensor,
+    packed: tuple[Tensor, Tensor],
+    rows: int,
+    cut: Plan | None = None,
+    bias: Tensor | None = None,
+    seed: int = 0,
+    **scales: Tensor | torch.dtype,
+) -> Tensor:
+    """small_m_linear in the emulation; every byte of the weight must be read once for each block of rows of x."""
+    launch = Launcher(emulation, [*packed, x], seed)
+    y = small_m_linear(x, *packed, rows, bias, cut=cut, launch=launch, **scales)  # type: ignore[arg-type]
+    assert not ring(x.device).zeros.any()
+    times = 1 if cut is None else cut.grid[2]
+    assert all((reads == times).all() for reads in launch.reads[:2]), "a byte of the weight was not read exactly once"
+    return y
+
+
+def relative_error(y: Tensor, x: Tensor, dense: Tensor, bias: Tensor, scales: Tensor | float = 1.0) -> float:
+    """The largest error, in units of the sum of all terms' magnitudes."""
+    x, dense, bias = x.double(), dense.double(), bias.double()
+    expected, magnitude = x @ dense.T * scales + bias, x.abs() @ dense.abs().T * scales + bias.abs()
+    return float(((y.double() - expected).abs() / magnitude).max())
+
+
+SHAPES = [
+    *[(1, 16, 64), (3, 1, 8), (8, 136, 2056), (2, 20, 4200), (9, 40, 72)],
+    *[(17, 330, 576), (33, 150, 200), (64, 300, 640), (70, 48, 264)],
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("batch", "rows", "columns"), SHAPES)
+@pytest.mark.parametrize("multiprocessors", [1, 132])
+def test_small_m_against_float64(
+    emulation: Emulation, batch: int, rows: int, columns: int, dtype: torch.dtype, multiprocessors: int
+) -> None:
+    layer = random_layer(rows, columns, dtype)
+    x, bias = torch.randn(batch, columns).to(dtype), torch.randn(rows).to(dtype)
+    cut = plan(batch, rows, columns, multiprocessors)
+    y = emulated(emulation, x, to_fragments(layer.values, layer.bitmask), rows, cut, bias)
+    assert relative_error(y, x, layer.dense, bias) < torch.finfo(dtype).eps
+
+
+def test_the_result_does_not_depend_on_the_order_of_blocks(emulation: Emulation) -> None:
+    layer = random_layer(40, 4096, torch.bfloat16)
+    x, packed = torch.randn(3, 4096).bfloat16(), to_fragments(layer.values, layer.bitmask)
+    cut = plan(3, 40, 4096, 132)
+    assert cut.splits == 4
+    results = [emulated(emulation, x, packed, 40, cut, seed=seed) for seed in range(4)]
+    assert all(torch.equal(results[0], result) for result in results)
+
+
+def test_calls_take_turns_on_the_ring_of_counters(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Ring, "SIZE", 10)
+    counters = Ring(torch.device("cpu"))
+    start = counters.zeros.data_ptr()
+    assert [(counters.take(count) - start) // 4 for count in (4, 4, 3, 7, 1)] == [0, 4, 0, 3, 0]
+
+
+def test_rows_of_x_apart_and_no_bias(emulation: Emulation) -> None:
+    layer, x = random_layer(24, 72, torch.float16), torch.randn(5, 160).half()[:, 16:88]
+    y = emulated(emulation, x, to_fragments(layer.values, layer.bitmask), 24)
+    torch.testing.assert_close(y.double(), x.double() @ layer.dense.double().T, rtol=1e-3, atol=1e-3)
+
+
+def test_other_strides_are_copied() -> None:
+    wide = torch.randn(5, 160).half()
+    in_place, shifted, transposed = wide[:, 16:88], wide[:, 3:75], wide.T.contiguous().T[:, :72]
+    assert in_rows_of_16_bytes(in_place) is in_place
+    for x in (shifted, transposed, torch.ones(3, 24, dtype=torch.int8)):
+        copy = in_rows_of_16_bytes(x)
+        assert torch.equal(copy, x)
+        assert copy.data_ptr() % 16 == copy.stride(0) * copy.itemsize % 16 == 0
+        assert copy.stride(1) == 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES_8_BIT)
+@pytest.mark.parametrize(("batch", "rows", "columns"), [(1, 16, 64), (5, 40, 72), (16, 33, 1032), (40, 100, 1288)])
+@pytest.mark.parametrize("multiprocessors", [1, 132])
+def test_small_m_of_8_bit_types(
+    emulation: Emulation, batch: int, rows: int, columns: int, dtype: torch.dtype, multiprocessors: int
+) -> None:
+    layer = random_layer(rows, columns, torch.float32)
+    values, dense = (layer.values * 20).to(dtype), (layer.dense * 20).to(dtype)
+    x = torch.zeros(batch, -(-columns // 16) * 16, dtype=dtype)[:, :columns]  # rows start at multiples of 16 bytes
+    x.copy_((torch.randn(batch, columns) * 20).to(dtype))
+    x_scale, w_scale = torch.rand(batch), torch.rand(rows) / 1000
+    out = torch.bfloat16
+    bias = torch.randn(rows).to(out)
+    packed, cut = to_fragments(values, layer.bitmask), plan(batch, rows, columns, multiprocessors)
+    y = emulated(emulation, x, packed, rows, cut, bias, x_scale=x_scale, w_scale=w_scale, dtype=out)
+    scales = x_scale.double()[:, None] * w_scale.double()
+    assert relative_error(y, x, dense, bias, scales) < torch.finfo(out).eps
+
+
+@pytest.mark.parametrize("dtype", DTYPES_8_BIT)
+@pytest.mark.parametrize(("rows", "columns"), [(1, 8), (3, 72), (2, 5000)])
+def test_rows_are_rounded_with_scales_of_their_own(
+    emulation: Emulation, rows: int, columns: int, dtype: torch.dtype
+) -> None:
+    x = torch.randn(rows, columns).bfloat16() * torch.tensor([[0.01], [0.0], [100.0]])[:rows].bfloat16()
+    rounded, scale = quantize_rows(x, dtype, launch=Launcher(emulation, [x]))
+    largest = 127.0 if dtype == torch.int8 else 448.0
+    peak = x.float().abs().amax(1)
+    torch.testing.assert_close(scale, torch.where(peak > 0, peak / largest, 1.0))
+    exact = x.float() * (1 / scale)[:, None]
+    assert torch.equal(rounded.float(), exact.round() if dtype == torch.int8 else exact.to(dtype).float())
+    assert rounded.stride(0) % 16 == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES_8_BIT)
+def test_a_quantized_layer(emulation: Emulation, dtype: torch.dtype) -> None:
+    layer = random_layer(40, 200, torch.float32)
+    values, dense = (layer.values * 20).to(dtype), (layer.dense * 20).to(dtype)
+    x, scale, bias = torch.randn(11, 200).bfloat16(), torch.rand(40) / 20, torch.randn(40).bfloat16()
+    packed = to_fragments(values, layer.bitmask)
+    y = quantized_linear(x, *packed, scale, 40, bias, launch=Launcher(emulation, None))
+    assert y.dtype == x.dtype
+    expected = x.double() @ dense.double().T * scale.double() + bias.double()
+    torch.testing.assert_close(y.double(), expected, rtol=0.05, atol=0.6 if dtype == torch.int8 else 1.5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "columns"), [(16, 64), (3, 8), (40, 200)])
+def test_expand(emulation: Emulation, rows: int, columns: int, dtype: torch.dtype) -> None:
+    layer = random_layer(rows, columns, dtype)
+    packed = to_fragments(layer.values, layer.bitmask)
+    assert torch.equal(expand(*packed, rows, columns, launch=Launcher(emulation, packed)), layer.dense)
+
+
+VARIANTS_TO_TUNE = [
+    *[Variant(1, depth=8), Variant(1, warps_k=8), Variant(2, row_tiles=2), Variant(1, warps=4, warps_k=4, row_tiles=2)],
+    *[Variant(4, row_tiles=2, warps_k=2, depth=2), Variant(8, depth=2)],
+]
+
+
+@pytest.mark.slow
+def test_other_variants(tmp_path: Path) -> None:
+    emulation = Emulation(tmp_path, VARIANTS_TO_TUNE, [TYPES[torch.bfloat16, torch.bfloat16]])
+    layer = random_layer(300, 840, torch.bfloat16)
+    packed = to_fragments(layer.values, layer.bitmask)
+    for variant in VARIANTS_TO_TUNE:
+        x = torch.randn(8 * variant.column_tiles + 1, 840).bfloat16()
+        y = emulated(emulation, x, packed, 300, plan(len(x), 300, 840, 132, variant, 3))
+        torch.testing.assert_close(y.double(), x.double() @ layer.dense.double().T, rtol=1e-2, atol=1e-2)

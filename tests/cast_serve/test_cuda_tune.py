@@ -1,0 +1,105 @@
+"""`cast tune` without a GPU: which layers, what is measured, the table and its picture."""
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from benchmarks.gpu.machines import Rehearsal
+from cast_serve.cli import build_app
+from cast_serve.kernels.cuda import crossover, measurement
+from cast_serve.kernels.cuda.crossover import Point
+from cast_serve.kernels.cuda.heat_map import draw
+from cast_serve.kernels.cuda.tune import layers_of, tune
+from conversion import save_packed
+from conversion.errors import InputError
+from conversion.quantization.formats import INT8, Quantization
+from tests.conversion.models import CONFIGS, make_model
+
+LAYER = (48, 136, "bfloat16")
+
+
+def test_layers_are_also_measured_fused(tmp_path: Path) -> None:
+    config = CONFIGS["llama"]
+    make_model(config, sparse=True).save_pretrained(tmp_path / "model")
+    save_packed(tmp_path / "model", tmp_path / "packed", "float16")
+    hidden, inner = config.hidden_size, config.intermediate_size
+    kv = config.num_key_value_heads * (hidden // config.num_attention_heads)
+    expected = {(hidden, hidden), (kv, hidden), (inner, hidden), (hidden, inner)}
+    expected |= {(hidden + 2 * kv, hidden), (2 * inner, hidden)}
+    assert set(layers_of(tmp_path / "packed")) == {(*shape, "float16") for shape in expected}
+    save_packed(tmp_path / "model", tmp_path / "int8", quantization=Quantization(INT8, None))
+    with pytest.raises(InputError, match="quantized values"):
+        layers_of(tmp_path / "int8")
+
+
+class Scripted(Rehearsal):
+    """Seconds by method and rows of x, whatever is called."""
+
+    def __init__(self, seconds: dict[str, float]) -> None:
+        super().__init__()
+        self.by_kind = seconds
+        self.measured: list[tuple[str, int]] = []
+
+    def seconds(self, calls: Sequence[Any], *, repeats: int = 10, budget: float = 0.05) -> float:  # type: ignore[override]
+        call: partial[Any] = calls[0]
+        name = {"linear": "dense", "_expanded": "expanded"}.get(call.func.__name__, "small_m")
+        rows = call.args[0].shape[0]
+        self.measured.append((name, rows))
+        if name == "expanded" and rows == 64:
+            raise RuntimeError("refused")
+        return self.by_kind[name] * (rows if name == "small_m" else 1)
+
+
+def test_every_method_is_measured_until_it_is_hopeless() -> None:
+    machine = Scripted({"dense": 10.0, "small_m": 1.0, "expanded": 20.0})
+    counted = []
+    points = tune(machine, [LAYER], [1, 64, 128, 256, 512], counted.append)[LAYER]
+    assert [set(point.seconds) for point in points] == [
+        {"dense", "small_m"},
+        {"dense", "small_m"},  # a shape that expanded refuses
+        {"dense", "small_m", "expanded"},
+        {"dense", "small_m", "expanded"},
+        {"dense", "expanded"},
+    ]
+    assert len(counted) == 5
+    table = crossover.Table({LAYER: points}, crossover.DEVICES["H100"])
+    assert [table.choose(M, LAYER, False).method for M in (1, 64, 100)] == ["small_m", "small_m", "expanded"]
+
+
+def test_without_a_gpu_it_says_so() -> None:
+    result = CliRunner().invoke(build_app(), ["tune", "anywhere"])
+    assert isinstance(result.exception, InputError)
+    assert "no CUDA device" in str(result.exception)
+
+
+def test_the_command_writes_table_and_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_model(CONFIGS["llama"], sparse=True).save_pretrained(tmp_path / "model")
+    save_packed(tmp_path / "model", tmp_path / "packed")
+    where = {"device": "a GPU", "driver": 1, "torch": "2", "cusparselt": None}
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(crossover, "circumstances", lambda: where)
+    monkeypatch.setattr(measurement, "Gpu", Rehearsal)
+    picture = tmp_path / "map.png"
+    command = ["tune", str(tmp_path / "packed"), "--max-rows", "2", "--plot", str(picture)]
+    result = CliRunner().invoke(build_app(), command, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    table = crossover.load(where)
+    assert all([point.rows for point in points] == [1, 2] for points in table.points.values())
+    assert set(table.points) == set(layers_of(tmp_path / "packed"))
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_picture_has_a_place_for_what_was_not_measured(tmp_path: Path) -> None:
+    points = {
+        LAYER: [Point(1, {"dense": 2.0, "small_m": 1.0}), Point(64, {"dense": 1.0, "small_m": 2.0, "cusparselt": 0.5})],
+        (8, 8, "float16"): [Point(64, {"small_m": 1.0})],
+    }
+    draw(points, tmp_path / "map.svg", "a GPU")
+    text = (tmp_path / "map.svg").read_text()
+    assert "<svg" in text
