@@ -16,7 +16,7 @@ from cast_serve.server.model import ServedModel
 from tests.cast_serve.live_server import eventually, live_server
 from tests.cast_serve.tiny_llama import CONTEXT, Tiny
 
-SPARSE_LINEARS = 2 * 5  # per layer: qkv (fused in the graph), o, gate, up, down
+SPARSE_LINEARS = 2 * 4  # per layer: qkv, o, gate and up, down
 
 
 @pytest.fixture(scope="module")

@@ -85,7 +85,7 @@ def test_packed_equals_masked_dense_one_by_one_and_staggered(folder: Path) -> No
 
     with live_server(lambda: load("sparse")) as url:
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="none")
-        assert client.models.retrieve("m").model_dump()["cast24"]["sparse_layers"] == 150
+        assert client.models.retrieve("m").model_dump()["cast24"]["sparse_layers"] == 120
         assert [complete(client, prompt) for prompt in PROMPTS] == expected
 
         staggered: dict[int, str] = {}
