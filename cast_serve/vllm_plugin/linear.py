@@ -89,7 +89,7 @@ class SparseLinearMethod(LinearMethodBase):
         values = str(packed.panel_values.dtype) if isinstance(packed, SparseLinear) else f"int{packed.bits}"
         self.config.report.packed(
             self.name,
-            f"the 2:4 {values.removeprefix('torch.')} kernel ({isa()})",
+            f"the 2:4 {values.removeprefix('torch.')} kernel ({'CUDA' if tensors[VALUES].is_cuda else isa()})",
             sum(buffer.nbytes for buffer in packed.buffers()),
             self.rows * self.columns * self.dtype.itemsize,
         )
@@ -105,13 +105,14 @@ class SparseLinearMethod(LinearMethodBase):
             assert weight_scale is not None
             check_values(weight_values, quantization.values)
             check_scale(weight_scale)
-            if quantization.values is not FP8 and not weight_values.is_cuda:
+            unit = 64 if weight_values.is_cuda else 1  # columns that the GPU's kernel takes at once
+            if quantization.values is not FP8 and (quantization.group_size or 0) % unit == 0:
                 quantized = QuantizedLinear(self.columns, self.rows, bias=False)
                 group_size, floats = quantization.group_size, self.config.float_activations
                 quantized.pack(weight_values, weight_bitmask, weight_scale, group_size, float_activations=floats)
                 return quantized
-            # The CPU has no kernel for 8-bit floats, the GPU none for quantized values yet. A group of 4 columns, of
-            # which 2 are kept, shares its scale.
+            # There is no kernel for 8-bit floats, and on GPUs none for groups of 32. A group of 4 columns, of which 2
+            # are kept, shares its scale.
             scales = quantization.spread(weight_scale, self.columns)[:, ::2]
             weight_values = (decode(weight_values, quantization.values) * scales).to(self.dtype)
         kind = GpuSparseLinear if weight_values.is_cuda else SparseLinear

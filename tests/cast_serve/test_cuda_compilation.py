@@ -4,24 +4,31 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
 
 from cast_serve.kernels.cuda import nvrtc
-from cast_serve.kernels.cuda.linear import TYPES
-from cast_serve.kernels.cuda.small_m import VARIANTS, source
+from cast_serve.kernels.cuda.small_m import VARIANTS, Types, source
 
 pytest.importorskip("cuda.bindings.nvrtc", reason="needs the extra 'gpu'")
 
 ARCHITECTURES = ["sm_80", "sm_89", "sm_90a", "sm_100", "sm_120"]
 # mma.sp of 8-bit floats is one instruction on these; elsewhere the compiler makes it of conversions to 16 bits
 FP8 = ["sm_89", "sm_120"]
-CASES = [(dtype, architecture) for dtype in (torch.bfloat16, torch.int8) for architecture in ARCHITECTURES]
-CASES += [(torch.float16, "sm_90a"), *((torch.float8_e4m3fn, architecture) for architecture in FP8)]
+CASES = [("Bf16", architecture) for architecture in ARCHITECTURES]
+CASES += [("E4m3", architecture) for architecture in FP8]
+CASES += [
+    ("S8", "sm_80"),
+    ("S8", "sm_90a"),
+    ("Fp16", "sm_90a"),
+    ("W8", "sm_80"),
+    ("W8", "sm_90a"),
+    ("W4", "sm_80"),
+    ("W4", "sm_90a"),
+]
 
 
-@pytest.mark.parametrize(("dtype", "architecture"), CASES)
-def test_kernels_fit_their_registers(dtype: torch.dtype, architecture: str) -> None:
-    types = TYPES[dtype, torch.float16 if dtype == torch.float16 else torch.bfloat16]
+@pytest.mark.parametrize(("weight", "architecture"), CASES)
+def test_kernels_fit_their_registers(weight: str, architecture: str) -> None:
+    types = Types(weight, "Fp16" if weight in ("Fp16", "W4") else "Bf16")
     compiled = nvrtc.compile_source(source(types), architecture)
     report = re.findall(
         r"entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads.*?"
@@ -30,7 +37,7 @@ def test_kernels_fit_their_registers(dtype: torch.dtype, architecture: str) -> N
         re.DOTALL,
     )
     spills = {name: numbers[:3] for name, *numbers in report}
-    expected = {variant.name for variant in VARIANTS} | {"expand" if dtype.itemsize == 2 else "quantize_rows"}
+    expected = {variant.name for variant in VARIANTS} | {"quantize_rows" if weight in ("S8", "E4m3") else "expand"}
     assert set(spills) == expected
     assert all(numbers == ["0", "0", "0"] for numbers in spills.values()), spills
     registers = {name: int(numbers[3]) for name, *numbers in report}
@@ -42,7 +49,7 @@ def test_ptx_for_devices_newer_than_the_compiler(monkeypatch: pytest.MonkeyPatch
     assert nvrtc.target((9, 0)) == "sm_90"
     newest = nvrtc.target((99, 0))
     assert re.fullmatch(r"compute_\d+", newest)
-    ptx = nvrtc.compile_source(source(TYPES[torch.bfloat16, torch.bfloat16], VARIANTS[:1]), newest).code
+    ptx = nvrtc.compile_source(source(Types("Bf16", "Bf16"), VARIANTS[:1]), newest).code
     assert b"mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32.bf16.bf16.f32" in ptx
 
 

@@ -9,11 +9,12 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import cast_serve.kernels.torch_ops
-from cast_serve.kernels.cuda import crossover, cusparselt, linear, torch_ops
+from cast_serve.kernels.cuda import crossover, cusparselt, linear, torch_ops, weight_only
 from cast_serve.kernels.cuda.crossover import Choice, Point, Table
 from cast_serve.kernels.cuda.layout import to_fragments
 from cast_serve.kernels.cuda.linear import TYPES, prepack
 from cast_serve.kernels.cuda.small_m import VARIANTS
+from conversion.quantization.formats import INT4, INT8, Quantization, dequantize, encode
 from tests.cast_serve.cuda_emulation.runner import Emulation, Launcher
 from tests.cast_serve.sparse_layers import random_layer
 
@@ -61,11 +62,6 @@ def test_a_table_counts_where_it_was_measured(tmp_path: Path, monkeypatch: pytes
     assert not crossover.load(WHERE).points
 
 
-@pytest.fixture(scope="module")
-def emulation(tmp_path_factory: pytest.TempPathFactory) -> Emulation:
-    return Emulation(tmp_path_factory.mktemp("emulation"), VARIANTS, [BF16])
-
-
 class Gpu:
     """Stands in for the GPU: the emulation launches kernels, and a table chooses.
 
@@ -107,6 +103,37 @@ def test_any_leading_axes(emulation: Emulation, monkeypatch: pytest.MonkeyPatch)
         x = torch.randn(shape).bfloat16()
         y = torch_ops.linear_packed(x, *packed, 24)
         torch.testing.assert_close(y, torch.nn.functional.linear(x, layer.dense), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize(("bits", "group_size"), [(8, None), (4, 64)])
+@pytest.mark.parametrize(("rows", "dtype"), [(3, torch.float32), (70, torch.bfloat16), (2, torch.float16)])
+def test_the_quantized_operator(
+    emulation: Emulation,
+    monkeypatch: pytest.MonkeyPatch,
+    rows: int,
+    dtype: torch.dtype,
+    bits: int,
+    group_size: int | None,
+) -> None:
+    if bits == 8 and dtype == torch.float16:
+        return
+    gpu = Gpu(emulation, Table({}, crossover.DEVICES["H100"]), monkeypatch)
+    layer, x, bias = random_layer(40, 200, torch.float32), torch.randn(2, rows, 200).to(dtype), torch.randn(40)
+    codes = (layer.values * 2).round().clamp(-8, 7)
+    scale = torch.rand(40, 1 if group_size is None else -(-200 // group_size))
+    format = Quantization(INT8 if bits == 8 else INT4, group_size)
+    stored = encode(codes, format.values)
+    dense = dequantize(stored, layer.bitmask, scale, format)
+    packed = weight_only.pack(stored, layer.bitmask, scale, group_size)
+    y = torch_ops.linear_quantized(x, packed, 40, bits, True, group_size or 0, False, bias)
+    assert y.dtype == dtype
+    assert gpu.launched == ["expand" if 2 * rows > 64 else VARIANTS[0].name]
+    expected = x.double() @ dense.double().T + bias.double()
+    torch.testing.assert_close(y.double(), expected, rtol=2e-2, atol=1e-1)
+    with pytest.raises(RuntimeError, match="is not the packed form of a weight"):
+        torch_ops.linear_quantized(x, packed, 60, bits, True, group_size or 0)
+    with pytest.raises(RuntimeError, match="dense quantized weights"):
+        torch_ops.linear_quantized(x, packed, 40, bits, False, group_size or 0)
 
 
 def test_cusparselt_gets_whole_rows_of_eight(emulation: Emulation, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,5 +181,5 @@ def test_operators_are_registered_for_gpus() -> None:
         metadata = torch.empty(1, 1, 32, dtype=torch.uint32, device="cuda")
         for y in (ops.linear_packed(x, fragments, metadata, 16), ops.linear_cuda(x, fragments, metadata, None, 16)):
             assert (y.shape, y.dtype, y.device.type) == ((2, 5, 16), x.dtype, "cuda")
-    for name in ("linear", "linear_packed", "linear_cuda"):
+    for name in ("linear", "linear_packed", "linear_quantized", "linear_cuda"):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"cast24::{name}", "CUDA")

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from cast_serve.kernels.cuda import weight_only
 from cast_serve.kernels.cuda.layout import from_fragments, to_fragments
 from cast_serve.kernels.cuda.linear import (
     TYPES,
@@ -17,18 +18,16 @@ from cast_serve.kernels.cuda.linear import (
     ring,
     small_m_linear,
 )
-from cast_serve.kernels.cuda.small_m import VARIANTS, Plan, Variant, plan
+from cast_serve.kernels.cuda.small_m import Plan, Variant, plan
+from cast_serve.kernels.cuda.weight_only import weight_only_linear
 from conversion.errors import InputError
+from conversion.packed import unpack24
+from conversion.quantization.formats import INT4, INT8, encode
 from tests.cast_serve.cuda_emulation.runner import Emulation, Launcher
 from tests.cast_serve.sparse_layers import random_layer
 
 DTYPES = [torch.bfloat16, torch.float16]
 DTYPES_8_BIT = [torch.int8, torch.float8_e4m3fn]
-
-
-@pytest.fixture(scope="session")
-def emulation(tmp_path_factory: pytest.TempPathFactory) -> Emulation:
-    return Emulation(tmp_path_factory.mktemp("emulation"), VARIANTS, list(TYPES.values())[:5])
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, *DTYPES_8_BIT])
@@ -184,6 +183,54 @@ def test_expand(emulation: Emulation, rows: int, columns: int, dtype: torch.dtyp
     layer = random_layer(rows, columns, dtype)
     packed = to_fragments(layer.values, layer.bitmask)
     assert torch.equal(expand(*packed, rows, columns, launch=Launcher(emulation, packed)), layer.dense)
+
+
+def quantized_layer(rows: int, columns: int, bits: int, group_size: int | None) -> tuple[Tensor, ...]:
+    """Stored codes, bitmask and scales of a random weight, and the weight, dense in float64."""
+    layer = random_layer(rows, columns, torch.float32)
+    largest = 127 if bits == 8 else 7
+    codes = torch.randint(-largest - (bits == 4), largest + 1, layer.values.shape)
+    dense = unpack24(codes.double(), layer.bitmask)
+    scale = torch.rand(rows, 1 if group_size is None else -(-columns // group_size)) + 0.01
+    dense *= scale.double().repeat_interleave(group_size or columns, 1)[:, :columns]
+    stored = encode(codes.float(), INT8 if bits == 8 else INT4)
+    return stored, layer.bitmask, scale, dense
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("bits", "group_size"), [(8, None), (8, 128), (4, 64), (4, 256), (4, None)])
+@pytest.mark.parametrize(("batch", "rows", "columns"), [(1, 16, 64), (3, 40, 200), (9, 130, 1032), (40, 33, 328)])
+def test_weight_only(
+    emulation: Emulation,
+    batch: int,
+    rows: int,
+    columns: int,
+    bits: int,
+    group_size: int | None,
+    dtype: torch.dtype,
+) -> None:
+    values, bitmask, scale, dense = quantized_layer(rows, columns, bits, group_size)
+    packed = weight_only.pack(values, bitmask, scale, group_size)
+    assert packed.numel() == weight_only.packed_bytes(rows, columns, bits, group_size)
+    x, bias = torch.randn(batch, columns).to(dtype), torch.randn(rows).to(dtype)
+    launch, cut = Launcher(emulation, [packed, x]), plan(batch, rows, columns, 132)
+    y = weight_only_linear(x, packed, rows, bits, group_size, bias, cut=cut, launch=launch)
+    reads = launch.reads[0][: packed.numel() - 4 * 16 * -(-rows // 16) * scale.shape[1]]
+    assert (reads == 1).all(), "a byte of the weight was not read exactly once"
+    assert relative_error(y, x, dense, bias) < torch.finfo(dtype).eps
+    several = weight_only_linear(
+        x, packed, rows, bits, group_size, bias, max_rows=0, launch=Launcher(emulation, [packed])
+    )
+    assert relative_error(several, x, dense, bias) < 2 * torch.finfo(dtype).eps  # the weight is rounded as well
+
+
+def test_weight_only_is_as_small_as_it_can_be() -> None:
+    dense = 2 * 4096 * 4096
+    assert weight_only.packed_bytes(4096, 4096, 4, 128) / dense == (2 + 1 + 32 / 128) / 16
+    assert weight_only.packed_bytes(4096, 4096, 8, None) / dense == pytest.approx(5 / 16, rel=2e-3)
+    layer = quantized_layer(16, 64, 4, 32)
+    with pytest.raises(InputError, match="multiple of 64 columns"):
+        weight_only.pack(*layer[:3], 32)
 
 
 VARIANTS_TO_TUNE = [

@@ -7,18 +7,10 @@ import torch
 
 from cast_serve.kernels.cuda import cusparselt, linear, torch_ops
 from cast_serve.kernels.cuda.crossover import DEVICES, Table
-from cast_serve.kernels.cuda.linear import TYPES
-from cast_serve.kernels.cuda.small_m import VARIANTS
 from cast_serve.torch_model.gpu_linear import GpuSparseLinear
 from conversion.errors import InputError
 from tests.cast_serve.cuda_emulation.runner import Emulation, Launcher
 from tests.cast_serve.sparse_layers import random_layer
-
-
-@pytest.fixture(scope="module")
-def emulation(tmp_path_factory: pytest.TempPathFactory) -> Emulation:
-    types = [TYPES[dtype, dtype] for dtype in (torch.bfloat16, torch.float16)]
-    return Emulation(tmp_path_factory.mktemp("emulation"), VARIANTS[:1], types)
 
 
 @pytest.fixture(autouse=True)

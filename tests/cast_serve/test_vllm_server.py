@@ -4,6 +4,7 @@ import json
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from cast_serve import cli
@@ -14,7 +15,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> list[str]:
     """The command that `cast serve` becomes."""
     became: list[list[str]] = []
     monkeypatch.setattr(vllm_server.importlib.util, "find_spec", lambda name: object())
-    monkeypatch.setattr(vllm_server, "environment", lambda given, threads: {"threads": threads})
+    monkeypatch.setattr(vllm_server, "version", lambda name: "0.32.0+cpu")
     monkeypatch.setattr(vllm_server.os, "execve", lambda file, command, environment: became.append(command))
     monkeypatch.setattr(sys, "argv", ["cast", "serve", *map(str, arguments)])
     cli.build_app()(standalone_mode=False)
@@ -31,26 +32,27 @@ def test_known_options_get_vllms_names_and_others_pass_through(model: Path, monk
     options = ["--engine", "vllm", "--port", 1234, "--max-batch-size", 4, "--max-model-len", 512, "-tp", 2]
     assert run(monkeypatch, model, *options)[2:] == [
         *("vllm.entrypoints.cli.main", "serve", str(model), "--dtype", "float32"),
+        *("--kv-cache-memory-bytes", str(min(4 << 30, psutil.virtual_memory().total // 4))),
         *("--host", "127.0.0.1", "--port", "1234", "--served-model-name", model.name, "--max-num-seqs", "4"),
         *("--max-model-len", "512", "-tp", "2"),
     ]
 
 
-def test_a_named_dtype_wins(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert run(monkeypatch, model, "--engine", "vllm", "--dtype=bfloat16").count("--dtype") == 0
+def test_what_is_named_wins(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    named = run(monkeypatch, model, "--engine", "vllm", "--dtype=bfloat16", "--gpu-memory-utilization", "0.5")
+    assert named.count("--dtype") == named.count("--kv-cache-memory-bytes") == 0
+    on_gpu = vllm_server.command(model, ["--dtype", "bfloat16"], on_cpu=False)
+    assert on_gpu[-3:] == [str(model), "--dtype", "bfloat16"]
 
 
-def test_the_environment_keeps_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vllm_server, "version", lambda name: "0.32.0+cpu")
-    assert vllm_server.environment({"OMP_NUM_THREADS": "7", "A": "b"}, None) == {
+def test_the_environment_keeps_what_it_says() -> None:
+    assert vllm_server.cpu_environment({"OMP_NUM_THREADS": "7", "A": "b"}, None) == {
         "OMP_NUM_THREADS": "7",
         "A": "b",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_USE_AOT_COMPILE": "0",
     }
-    assert vllm_server.environment({"OMP_NUM_THREADS": "7"}, 3)["OMP_NUM_THREADS"] == "3"
-    monkeypatch.setattr(vllm_server, "version", lambda name: "0.32.0")
-    assert vllm_server.environment({"A": "b"}, None) == {"A": "b"}
+    assert vllm_server.cpu_environment({"OMP_NUM_THREADS": "7"}, 3)["OMP_NUM_THREADS"] == "3"
 
 
 @pytest.mark.parametrize(

@@ -135,7 +135,7 @@ def test_a_shard_that_cuts_a_byte_or_a_group_is_refused(
 
 
 def test_no_kernels_no_service(checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
-    platform = SimpleNamespace(is_cpu=lambda: False, device_name="tpu")
+    platform = SimpleNamespace(is_cpu=lambda: False, is_cuda=lambda: False, device_name="tpu")
     monkeypatch.setattr(plugin_config, "current_platform", platform)
     with pytest.raises(InputError, match="no 2:4 kernels for tpu"):
         tokens(checkpoints.packed("llama"))

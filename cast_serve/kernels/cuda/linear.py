@@ -26,6 +26,7 @@ TYPES = {
     (torch.float8_e4m3fn, torch.float16): Types("E4m3", "Fp16"),
 }
 """By dtypes of weight and y."""
+DTYPES = {"Bf16": torch.bfloat16, "Fp16": torch.float16}
 
 Launch = Callable[[Types, str, tuple[int, int, int], int, ctypes.Structure, bool], None]
 """Of the kernel with this name: types, name, grid, threads in a block, arguments, overlap."""
@@ -49,6 +50,8 @@ def small_m_linear(
     x_scale: Tensor | None = None,
     w_scale: Tensor | None = None,
     dtype: torch.dtype | None = None,
+    types: Types | None = None,
+    group_steps: int | None = None,
     cut: Plan | None = None,
     overlap: bool = False,
     launch: Launch | None = None,
@@ -61,6 +64,8 @@ def small_m_linear(
         bias: [out_features] of y's dtype.
         x_scale: [M], w_scale: [out_features], float32: y is multiplied by both. 8-bit types only, which need them.
         dtype: of y, bfloat16 or float16; default x's.
+        types: of the kernel, where dtypes do not say it: weights of "W8" or "W4", see `weight_only`, whose w_scale is
+            [row tiles, groups, 16], of `group_steps` steps each.
         cut: the call cut into blocks, default `plan`'s.
         overlap: begin to read the weight while the stream's previous kernel still runs (sm_90 and newer), which must
             not be one that writes the weight.
@@ -87,10 +92,10 @@ def small_m_linear(
         counters,
         x.stride(0) * x.itemsize,
         *(M, out_features, K, cut.row_tiles, cut.steps, cut.steps_per_split),
+        *_groups(w_scale, group_steps),
     )
-    (launch or launch_on_gpu)(
-        TYPES[fragments.dtype, y.dtype], cut.variant.name, cut.grid, 32 * cut.variant.warps, arguments, overlap
-    )
+    types = types or TYPES[fragments.dtype, y.dtype]
+    (launch or launch_on_gpu)(types, cut.variant.name, cut.grid, 32 * cut.variant.warps, arguments, overlap)
     return y
 
 
@@ -104,16 +109,34 @@ def in_rows_of_16_bytes(x: Tensor) -> Tensor:
     return aligned.copy_(x)
 
 
+def _groups(w_scale: Tensor | None, group_steps: int | None) -> tuple[int, int]:
+    """How many scales a row has, and how many steps share one."""
+    if w_scale is None or group_steps is None:
+        return 1, 1
+    return w_scale.shape[1], group_steps
+
+
 def expand(
-    fragments: Tensor, metadata: Tensor, out_features: int, columns: int, *, launch: Launch | None = None
+    fragments: Tensor,
+    metadata: Tensor,
+    out_features: int,
+    columns: int,
+    *,
+    w_scale: Tensor | None = None,
+    types: Types | None = None,
+    group_steps: int | None = None,
+    launch: Launch | None = None,
 ) -> Tensor:
-    """The dense weight [out_features, columns] of a packed one."""
-    dense = torch.empty(out_features, columns, dtype=fragments.dtype, device=fragments.device)
+    """The dense weight [out_features, columns] of a packed one; with scales and types as for `small_m_linear`."""
+    types = types or TYPES[fragments.dtype, fragments.dtype]
+    dtype = DTYPES[types.output]
+    dense = torch.empty(out_features, columns, dtype=dtype, device=fragments.device)
     row_tiles, steps = metadata.shape[:2]
-    pointers = (fragments.data_ptr(), metadata.data_ptr(), dense.data_ptr())
-    arguments = ExpandArguments(*pointers, out_features, columns, row_tiles, steps)
-    types = TYPES[fragments.dtype, fragments.dtype]
-    (launch or launch_on_gpu)(types, "expand", (-(-2 * row_tiles * steps // 8), 1, 1), 256, arguments, False)
+    scales = None if w_scale is None else w_scale.data_ptr()
+    pointers = (fragments.data_ptr(), metadata.data_ptr(), scales, dense.data_ptr())
+    sizes = (out_features, columns, row_tiles, steps, *_groups(w_scale, group_steps))
+    arguments = ExpandArguments(*pointers, *sizes)
+    (launch or launch_on_gpu)(types, "expand", (-(-row_tiles * steps // 8), 1, 1), 256, arguments, False)
     return dense
 
 

@@ -14,6 +14,7 @@ from cast_serve.kernels.cuda.layout import to_fragments
 from cast_serve.kernels.cuda.linear import TYPES, Launch, expand, multiprocessors, quantize_rows, small_m_linear
 from cast_serve.kernels.cuda.small_m import Plan, Variant, source
 from cast_serve.kernels.cuda.timing import copies, copy_bandwidth, seconds_per_call
+from cast_serve.kernels.cuda.weight_only import weight_only_linear
 
 Call = Callable[[], object]
 
@@ -30,6 +31,7 @@ class Gpu:
     small_m = staticmethod(small_m_linear)
     expand = staticmethod(expand)
     quantize_rows = staticmethod(quantize_rows)
+    weight_only = staticmethod(weight_only_linear)
     copies = staticmethod(copies)
     seconds = staticmethod(seconds_per_call)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from cast_serve.kernels.cuda.layout import ROWS, STEP
 
 CSRC = Path(__file__).parent / "csrc"
-SOURCES = ("tensor_core.cuh", "small_m.cuh", "expand.cuh", "quantize.cuh")
+SOURCES = ("tensor_core.cuh", "weights.cuh", "small_m.cuh", "expand.cuh", "quantize.cuh")
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,10 @@ def source(types: Types, variants: tuple[Variant, ...] = VARIANTS) -> str:
 
 
 def others(types: Types) -> str:
-    """Of 16-bit weights the kernel `expand`, of 8-bit ones `quantize_rows`, which rounds x."""
-    return "CAST24_EXPAND" if types.weight == types.output else f"CAST24_QUANTIZE({types.output}, {types.weight})"
+    """The kernel `expand`; for products in 8 bits `quantize_rows`, which rounds x."""
+    if types.weight in ("S8", "E4m3"):
+        return f"CAST24_QUANTIZE({types.output}, {types.weight})"
+    return f"CAST24_EXPAND({types.weight}, {types.output})"
 
 
 class LinearArguments(ctypes.Structure):
@@ -93,6 +95,8 @@ class LinearArguments(ctypes.Structure):
         ("row_tiles", ctypes.c_int),
         ("steps", ctypes.c_int),
         ("steps_per_split", ctypes.c_int),
+        ("groups", ctypes.c_int),
+        ("group_steps", ctypes.c_int),
     ]
 
 
@@ -102,11 +106,14 @@ class ExpandArguments(ctypes.Structure):
     _fields_ = [
         ("values", ctypes.c_void_p),
         ("metadata", ctypes.c_void_p),
+        ("w_scale", ctypes.c_void_p),
         ("dense", ctypes.c_void_p),
         ("N", ctypes.c_int),
         ("K", ctypes.c_int),
         ("row_tiles", ctypes.c_int),
         ("steps", ctypes.c_int),
+        ("groups", ctypes.c_int),
+        ("group_steps", ctypes.c_int),
     ]
 
 

@@ -2,9 +2,10 @@
 
     y = torch.ops.cast24.linear_cuda(x, fragments, metadata, compressed, out_features, bias=None)
 
-`linear` and `linear_packed` have the schemas that they have on the CPU; linear_packed takes what `prepack` returns, the
-layout of `layout.to_fragments`. linear_cuda also takes cuSPARSELt's copy of the weight, or None, and uses it where
-that is the fastest. All take x of any shape [..., K] and strides, rounded to the weight's dtype, and return x's dtype.
+`linear`, `linear_packed` and `linear_quantized` have the schemas that they have on the CPU, and take what `prepack` and
+`prepack_quantized` return there for CUDA tensors. linear_cuda also takes cuSPARSELt's copy of the weight, or None, and
+uses it where that is the fastest. All take x of any shape [..., K] and strides, rounded to a 16-bit type, and return
+x's dtype.
 """
 
 import torch
@@ -14,6 +15,7 @@ from cast_serve.kernels.cuda import cusparselt
 from cast_serve.kernels.cuda.crossover import table
 from cast_serve.kernels.cuda.layout import to_fragments
 from cast_serve.kernels.cuda.linear import check, expand, small_m_linear
+from cast_serve.kernels.cuda.weight_only import weight_only_linear
 from conversion.errors import InputError
 
 
@@ -46,7 +48,7 @@ def linear(
     x: Tensor, values: Tensor, bitmask: Tensor, scale: Tensor | None = None, bias: Tensor | None = None
 ) -> Tensor:
     if scale is not None:
-        raise RuntimeError("cast24::linear: quantized values have no kernel on GPUs yet")
+        raise RuntimeError("cast24::linear: on a GPU pack quantized values first, and call linear_quantized")
     try:
         fragments, metadata = to_fragments(values, bitmask)
     except InputError as error:
@@ -54,8 +56,35 @@ def linear(
     return linear_cuda(x, fragments, metadata, None, values.shape[0], bias)
 
 
+def linear_quantized(
+    x: Tensor,
+    panels: Tensor,
+    out_features: int,
+    bits: int,
+    sparse: bool,
+    group_size: int,
+    float_activations: bool = False,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """As on the CPU, with what `weight_only.pack` returns, group_size 0 for one scale a row; x keeps its 16 bits."""
+    if not sparse:
+        raise RuntimeError("cast24::linear_quantized: dense quantized weights have no kernel on GPUs yet")
+    if x.dim() < 1 or x.shape[-1] % 8 or x.shape[-1] == 0 or not x.is_floating_point():
+        raise RuntimeError(
+            f"cast24::linear_quantized: x must be floats [..., multiple of 8], not {list(x.shape)} {x.dtype}"
+        )
+    if bias is not None and bias.shape != (out_features,):
+        raise RuntimeError(f"cast24::linear_quantized: bias must have shape [{out_features}], not {list(bias.shape)}")
+    dtype = torch.float16 if x.dtype == torch.float16 else torch.bfloat16
+    rows = x.reshape(-1, x.shape[-1]).to(dtype)
+    bias = None if bias is None else bias.to(dtype).contiguous()
+    y = weight_only_linear(rows, panels, out_features, bits, group_size or None, bias)
+    return y.view(*x.shape[:-1], out_features).to(x.dtype)
+
+
 def register() -> None:
     """Add the CUDA side of the operators that have one on the CPU, which is where they are defined."""
+    torch.library.impl("cast24::linear_quantized", "cuda")(linear_quantized)
     torch.library.impl("cast24::linear", "cuda")(linear)
     torch.library.impl("cast24::linear_packed", "cuda")(linear_packed)
 

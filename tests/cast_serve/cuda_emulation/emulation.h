@@ -148,9 +148,15 @@ struct Bf16 {};
 struct Fp16 {};
 struct E4m3 {};
 struct S8 {};
+struct W8 {};
+struct W4 {};
 
 inline uint4 load_once(const uint4* p) {
   emulation::read(p, 16);
+  return *p;
+}
+inline uint2 load_once(const uint2* p) {
+  emulation::read(p, 8);
   return *p;
 }
 inline unsigned load_once(const unsigned* p) {
@@ -162,6 +168,10 @@ inline uint4 load(const uint4* p) {
   return *p;
 }
 inline unsigned load(const unsigned* p) {
+  emulation::read(p, 4);
+  return *p;
+}
+inline float load(const float* p) {
   emulation::read(p, 4);
   return *p;
 }
@@ -206,6 +216,22 @@ inline float to_float(E4m3, unsigned char bits) {
   const int exponent = bits >> 3 & 15, mantissa = bits & 7;
   const float v = exponent ? std::ldexp(8.0f + mantissa, exponent - 10) : std::ldexp(static_cast<float>(mantissa), -9);
   return bits & 128 ? -v : v;
+}
+
+inline unsigned bytes_of(unsigned x, unsigned y, unsigned digits) {
+  const uint64_t both = static_cast<uint64_t>(y) << 32 | x;
+  unsigned chosen = 0;
+  for (int i = 0; i < 4; ++i) chosen |= static_cast<unsigned>(both >> 8 * (digits >> 4 * i & 7) & 255) << 8 * i;
+  return chosen;
+}
+template <class T>
+unsigned pair_of(T type, float low, float high) {
+  return from_float(type, low) | static_cast<unsigned>(from_float(type, high)) << 16;
+}
+template <class T>
+unsigned difference(T type, unsigned a, unsigned b) {
+  auto half = [&](unsigned word, int i) { return to_float(type, static_cast<unsigned short>(word >> 16 * i)); };
+  return pair_of(type, half(a, 0) - half(b, 0), half(a, 1) - half(b, 1));
 }
 
 inline float magnitude(float v) { return std::fabs(v); }

@@ -1,6 +1,7 @@
 // The kernels' own source, compiled for the CPU, behind one C function.
 #include "emulation.h"
 // clang-format off
+#include "weights.cuh"
 #include "small_m.cuh"
 #include "expand.cuh"
 #include "quantize.cuh"

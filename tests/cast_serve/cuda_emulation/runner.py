@@ -11,6 +11,9 @@ from torch import Tensor
 from cast_serve.kernels.cuda.small_m import CSRC, Types, Variant, others
 
 HERE = Path(__file__).parent
+ALL_TYPES = [Types(weight, weight) for weight in ("Bf16", "Fp16")]
+ALL_TYPES += [Types(weight, "Bf16") for weight in ("S8", "E4m3")]
+ALL_TYPES += [Types(weight, output) for weight in ("W8", "W4") for output in ("Bf16", "Fp16")]
 
 
 class Emulation:
@@ -22,14 +25,13 @@ class Emulation:
             for variant in variants:
                 names.append(_name(kinds, variant.name))
                 lines.append(variant.macro(kinds).replace(variant.name, names[-1], 1))
-            if kinds.weight != kinds.output:
-                names.append(_name(kinds, "quantize_rows"))
-                lines.append(f"#define quantize_rows {names[-1]}\n{others(kinds)}\n#undef quantize_rows")
-        lines.append("CAST24_EXPAND")
-        entries = ", ".join(f"ENTRY({name})" for name in [*names, "expand"])
+            other = "quantize_rows" if "QUANTIZE" in others(kinds) else "expand"
+            names.append(_name(kinds, other))
+            lines.append(f"#define {other} {names[-1]}\n{others(kinds)}\n#undef {other}")
+        entries = ", ".join(f"ENTRY({name})" for name in names)
         (directory / "kernels.inc").write_text("\n".join([*lines, f"#define KERNELS {entries}", ""]))
         library = directory / "emulation.so"
-        command = ["g++", "-std=c++20", "-O2", "-shared", "-fPIC", "-Wall", "-Wno-unknown-pragmas"]
+        command = ["g++", "-std=c++20", "-O1", "-shared", "-fPIC", "-Wall", "-Wno-unknown-pragmas"]
         includes = [f"-I{HERE}", f"-I{directory}", f"-I{CSRC}"]
         subprocess.run([*command, *includes, str(HERE / "run.cpp"), "-o", str(library)], check=True)
         self._emulate = ctypes.CDLL(str(library)).emulate
@@ -66,7 +68,7 @@ class Launcher:
         starts = (ctypes.c_void_p * len(sizes))(*(tensor.data_ptr() for tensor in self._readable))
         reads = torch.zeros(sum(sizes), dtype=torch.uint8)
         result = self._emulation._emulate(
-            (name if name == "expand" else _name(types, name)).encode(),
+            _name(types, name).encode(),
             (ctypes.c_int * 3)(*grid),
             threads,
             ctypes.byref(arguments),

@@ -1,38 +1,50 @@
-// The dense weight of a packed one, for products that are better off with it. 16-bit types.
+// The dense weight of a packed one, for products that are better off with it: of types that are multiplied in 16 bits.
 #pragma once
 
 namespace cast24 {
 
 struct ExpandArguments {
-  const uint4* values;      // as in LinearArguments
+  const uint4* values;  // these as in LinearArguments
   const unsigned* metadata;
-  unsigned short* dense;    // [N, K]
-  int N, K, row_tiles, steps;
+  const float* w_scale;
+  unsigned short* dense;  // [N, K]
+  int N, K, row_tiles, steps, groups, group_steps;
 };
 
-// One warp for each weight tile, in a grid of ceil(2 row_tiles steps / 8) blocks of 256 threads.
-__device__ __forceinline__ void expand_tiles(const ExpandArguments& arg) {
+// One warp for each step of a weight tile, in a grid of ceil(row_tiles steps / 8) blocks of 256 threads.
+template <class T, class Out>
+__device__ __forceinline__ void expand_step(const ExpandArguments& arg) {
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  const long long tile = static_cast<long long>(blockIdx.x) * 8 + threadIdx.x / 32, step = tile / 2;
-  if (step >= static_cast<long long>(arg.row_tiles) * arg.steps) return;
-  const int h = static_cast<int>(tile % 2), row = static_cast<int>(step / arg.steps) * 16 + g;
-  const int column = static_cast<int>(step % arg.steps) * 64 + 32 * h + 4 * t;
-  const uint4 v = load_once(arg.values + tile * 32 + lane);
+  const long long at = static_cast<long long>(blockIdx.x) * 8 + threadIdx.x / 32;
+  if (at >= static_cast<long long>(arg.row_tiles) * arg.steps) return;
+  const int tile = static_cast<int>(at / arg.steps), step = static_cast<int>(at % arg.steps);
+  unsigned words[Traits<T>::kWords];
+  load_step(words, arg.values, at, lane);
 #pragma unroll
-  for (int quarter = 0; quarter < 4; ++quarter) {  // rows g and g + 8, then the same 16 columns further
-    const unsigned kept = quarter == 0 ? v.x : quarter == 1 ? v.y : quarter == 2 ? v.z : v.w;
-    const int n = row + quarter % 2 * 8, k = column + quarter / 2 * 16;
-    const unsigned where = load(arg.metadata + step * 32 + 4 * g + 2 * h + quarter / 2) >> (quarter % 2 * 16 + 4 * t);
-    const unsigned long long group = static_cast<unsigned long long>(kept & 0xffff) << (where & 3) * 16 |
-                                     static_cast<unsigned long long>(kept >> 16) << (where >> 2 & 3) * 16;
-    if (n < arg.N && k < arg.K)
-      *reinterpret_cast<unsigned long long*>(arg.dense + static_cast<long long>(n) * arg.K + k) = group;
+  for (int h = 0; h < 2; ++h) {
+    const uint4 a = operand_a(Out(), T(), words, h);
+#pragma unroll
+    for (int quarter = 0; quarter < 4; ++quarter) {  // rows g and g + 8, then the same 16 columns further
+      unsigned kept = quarter == 0 ? a.x : quarter == 1 ? a.y : quarter == 2 ? a.z : a.w;
+      const int row = g + quarter % 2 * 8, n = tile * 16 + row, k = step * 64 + 32 * h + quarter / 2 * 16 + 4 * t;
+      unsigned low = kept & 0xffff, high = kept >> 16;
+      if constexpr (Traits<T>::kGroups) {
+        const float scale = load(arg.w_scale + (tile * arg.groups + step / arg.group_steps) * 16 + row);
+        low = from_float(Out(), to_float(Out(), static_cast<unsigned short>(low)) * scale);
+        high = from_float(Out(), to_float(Out(), static_cast<unsigned short>(high)) * scale);
+      }
+      const unsigned where = load(arg.metadata + at * 32 + 4 * g + 2 * h + quarter / 2) >> (quarter % 2 * 16 + 4 * t);
+      const unsigned long long group = static_cast<unsigned long long>(low) << (where & 3) * 16 |
+                                       static_cast<unsigned long long>(high) << (where >> 2 & 3) * 16;
+      if (n < arg.N && k < arg.K)
+        *reinterpret_cast<unsigned long long*>(arg.dense + static_cast<long long>(n) * arg.K + k) = group;
+    }
   }
 }
 
 }  // namespace cast24
 
-#define CAST24_EXPAND                                                                       \
+#define CAST24_EXPAND(T, Out)                                                                   \
   extern "C" __global__ void __launch_bounds__(256) expand(const cast24::ExpandArguments arg) { \
-    cast24::expand_tiles(arg);                                                                    \
+    cast24::expand_step<cast24::T, cast24::Out>(arg);                                           \
   }

@@ -13,39 +13,20 @@
 
 namespace cast24 {
 
-template <class T>
-struct Traits;
-template <>
-struct Traits<Bf16> {
-  using Sum = float;
-  static constexpr int kBytes = 2, kTiles = 2;  // of one value; of one step
-};
-template <>
-struct Traits<Fp16> : Traits<Bf16> {};
-template <>
-struct Traits<E4m3> {
-  using Sum = float;
-  static constexpr int kBytes = 1, kTiles = 1;
-};
-template <>
-struct Traits<S8> {
-  using Sum = int;
-  static constexpr int kBytes = 1, kTiles = 1;
-};
-
 // Arguments of all kernels here; small_m.py has the same structure.
 struct LinearArguments {
-  const uint4* values;      // [row_tiles, steps * kTiles, 32 lanes] of 16 bytes
+  const uint4* values;      // [row_tiles, steps, kWords / 4, 32 lanes] of 16 bytes; W4: of 8 bytes
   const unsigned* metadata;  // [row_tiles, steps, 32 lanes]
   const unsigned char* x;   // [M, K], rows x_stride bytes apart, 16-byte aligned, K a multiple of 8
-  const float* x_scale;     // [M], 8-bit types only
-  const float* w_scale;     // [N], 8-bit types only
+  const float* x_scale;     // [M], E4m3 and S8 only
+  const float* w_scale;     // [N] for those; W8 and W4: [row_tiles, groups, 16]
   const unsigned short* bias;  // [N] in y's type, or null
   unsigned short* y;        // [M, N]
   uint4* partial;           // [ceil(M / 8 kColumnTiles), splits, row_tiles, kColumnTiles, 32] of four sums; for splits > 1
   unsigned* counters;       // [ceil(M / 8 kColumnTiles), blocks along N], all 0; for splits > 1
   long long x_stride;
   int M, N, K, row_tiles, steps, steps_per_split;
+  int groups, group_steps;  // W8 and W4: scales of a row, steps that share one
 };
 
 // One tile of x in shared memory: 32 lanes of 16 bytes, and 16 bytes more, so that storing has no bank conflicts.
@@ -88,13 +69,6 @@ __device__ __forceinline__ void stage_x(Stage<kColumnTiles>& stage, const Linear
   }
 }
 
-template <class T>
-__device__ __forceinline__ void multiply(T type, typename Traits<T>::Sum (&sum)[4], const uint4 (&a)[Traits<T>::kTiles],
-                                         const uint4* b, unsigned e) {
-  mma_sp<0>(type, sum, a[0], b[0], e);
-  if constexpr (Traits<T>::kTiles == 2) mma_sp<1>(type, sum, a[1], b[1], e);
-}
-
 __device__ __forceinline__ uint4 bits_of(const float (&s)[4]) {
   return make_uint4(__float_as_uint(s[0]), __float_as_uint(s[1]), __float_as_uint(s[2]), __float_as_uint(s[3]));
 }
@@ -119,6 +93,7 @@ __device__ __forceinline__ void add_bits(int (&s)[4], const uint4& v) {
 template <class T, class Out, int kColumnTiles, int kRowTiles, int kWarps, int kWarpsK, int kDepth>
 __device__ __forceinline__ void small_m_linear(const LinearArguments& arg) {
   using Sum = typename Traits<T>::Sum;
+  using Product = typename ProductOf<T, Out>::Type;
   constexpr int kTiles = Traits<T>::kTiles;
   constexpr int kStageSteps = Stage<kColumnTiles>::kTiles / kTiles;
   static_assert(kStageSteps % (kDepth * kWarpsK) == 0, "a stage is a whole number of rounds of the pipeline");
@@ -130,16 +105,20 @@ __device__ __forceinline__ void small_m_linear(const LinearArguments& arg) {
   const int begin = blockIdx.y * arg.steps_per_split, end = min(begin + arg.steps_per_split, arg.steps);
   const int first_row = blockIdx.z * (8 * kColumnTiles);
 
-  uint4 a[kDepth][kRowTiles][kTiles];
-  unsigned e[kDepth][kRowTiles];
+  unsigned words[kDepth][kRowTiles][Traits<T>::kWords], e[kDepth][kRowTiles];
+  float scale[kDepth][kRowTiles][2];  // of rows g and g + 8
   auto fetch = [&](int slot, int step) {
 #pragma unroll
     for (int r = 0; r < kRowTiles; ++r) {
       if (r < row_tiles && step < end) {
         const long long at = static_cast<long long>(first_tile + r) * arg.steps + step;
-#pragma unroll
-        for (int h = 0; h < kTiles; ++h) a[slot][r][h] = load_once(arg.values + (at * kTiles + h) * 32 + lane);
+        load_step(words[slot][r], arg.values, at, lane);
         e[slot][r] = load_once(arg.metadata + at * 32 + lane);
+        if constexpr (Traits<T>::kGroups) {
+          const float* of_tile = arg.w_scale + (first_tile + r) * arg.groups * 16 + step / arg.group_steps * 16;
+          scale[slot][r][0] = load(of_tile + lane / 4);
+          scale[slot][r][1] = load(of_tile + lane / 4 + 8);
+        }
       }
     }
   };
@@ -154,7 +133,7 @@ __device__ __forceinline__ void small_m_linear(const LinearArguments& arg) {
     const int staged = (round - begin) % kStageSteps;
     if (staged == 0) {
       __syncthreads();
-      stage_x<kColumnTiles, 32 * kWarps>(stage, arg, first_row, round * kTiles * 64, arg.K * Traits<T>::kBytes,
+      stage_x<kColumnTiles, 32 * kWarps>(stage, arg, first_row, round * kTiles * 64, arg.K * Traits<T>::kXBytes,
                                          min(kStageSteps, end - round) * kTiles);
       __syncthreads();
     }
@@ -162,6 +141,12 @@ __device__ __forceinline__ void small_m_linear(const LinearArguments& arg) {
     for (int slot = 0; slot < kDepth; ++slot) {
       const int ahead = slot * kWarpsK + along_k, step = round + ahead;
       if (step < end) {
+        uint4 a[kRowTiles][kTiles];
+#pragma unroll
+        for (int r = 0; r < kRowTiles; ++r)
+#pragma unroll
+          for (int h = 0; h < kTiles; ++h)
+            if (r < row_tiles) a[r][h] = operand_a(Product(), T(), words[slot][r], h);
 #pragma unroll
         for (int c = 0; c < kColumnTiles; ++c) {
           uint4 b[kTiles];
@@ -169,8 +154,19 @@ __device__ __forceinline__ void small_m_linear(const LinearArguments& arg) {
           for (int h = 0; h < kTiles; ++h)
             b[h] = stage.tiles[(c * Stage<kColumnTiles>::kTiles + (staged + ahead) * kTiles + h) * kTileStride + lane];
 #pragma unroll
-          for (int r = 0; r < kRowTiles; ++r)
-            if (r < row_tiles) multiply(T(), sum[r][c], a[slot][r], b, e[slot][r]);
+          for (int r = 0; r < kRowTiles; ++r) {
+            if (r >= row_tiles) continue;
+            if constexpr (Traits<T>::kGroups) {
+              Sum of_step[4] = {};
+              mma_sp<0>(Product(), of_step, a[r][0], b[0], e[slot][r]);
+              mma_sp<1>(Product(), of_step, a[r][1], b[1], e[slot][r]);
+#pragma unroll
+              for (int i = 0; i < 4; ++i) sum[r][c][i] += of_step[i] * scale[slot][r][i / 2];
+            } else {
+              mma_sp<0>(Product(), sum[r][c], a[r][0], b[0], e[slot][r]);
+              if constexpr (kTiles == 2) mma_sp<1>(Product(), sum[r][c], a[r][1], b[1], e[slot][r]);
+            }
+          }
         }
         fetch(slot, step + kDepth * kWarpsK);
       }
@@ -236,7 +232,7 @@ __device__ __forceinline__ void small_m_linear(const LinearArguments& arg) {
       const int n = (first_tile + r) * 16 + 8 * half + g;
       if (n >= arg.N) continue;
       const float bias = arg.bias ? to_float(Out(), arg.bias[n]) : 0.0f;
-      const float scale = kTiles == 1 ? arg.w_scale[n] : 1.0f;
+      const float row_scale = Traits<T>::kScaledAtEnd ? arg.w_scale[n] : 1.0f;
 #pragma unroll
       for (int c = 0; c < kColumnTiles; ++c)
 #pragma unroll
@@ -244,7 +240,7 @@ __device__ __forceinline__ void small_m_linear(const LinearArguments& arg) {
           const int m = row + 8 * c + i;
           if (m >= arg.M || !mine(r, c)) continue;
           float v = static_cast<float>(sum[r][c][2 * half + i]);
-          if constexpr (kTiles == 1) v *= scale * arg.x_scale[m];
+          if constexpr (Traits<T>::kScaledAtEnd) v *= row_scale * arg.x_scale[m];
           arg.y[static_cast<long long>(m) * arg.N + n] = from_float(Out(), v + bias);
         }
     }

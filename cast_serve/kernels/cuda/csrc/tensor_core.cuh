@@ -8,6 +8,8 @@ struct Bf16 {};
 struct Fp16 {};
 struct E4m3 {};
 struct S8 {};
+struct W8 {};  // 8 and 4 bits in memory only: made 16-bit floats before they are multiplied
+struct W4 {};
 
 // Read once: kept out of the first-level cache.
 __device__ __forceinline__ uint4 load_once(const uint4* p) {
@@ -15,6 +17,12 @@ __device__ __forceinline__ uint4 load_once(const uint4* p) {
   asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
                : "l"(p));
+  return v;
+}
+
+__device__ __forceinline__ uint2 load_once(const uint2* p) {
+  uint2 v;
+  asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p));
   return v;
 }
 
@@ -37,6 +45,7 @@ __device__ __forceinline__ uint4 load_shared_by_blocks(const uint4* p) {
 __device__ __forceinline__ uint4 load(const uint4* p) { return *p; }
 __device__ __forceinline__ uint2 load(const uint2* p) { return *p; }
 __device__ __forceinline__ unsigned load(const unsigned* p) { return *p; }
+__device__ __forceinline__ float load(const float* p) { return __ldg(p); }
 
 // d += A B: A is 16 rows by 64 bytes of kept values and zeros, B the same 64 bytes by 8 columns, as PTX ISA 9.7.14.6
 // ("mma.sp") lays them out over the lanes. `e` says where the kept values stand; lanes 2 Selector and 2 Selector + 1 of
@@ -76,6 +85,28 @@ __device__ __forceinline__ unsigned short from_float(Fp16, float v) {
   unsigned short bits;
   asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(v));
   return bits;
+}
+
+// Bytes of x (0 to 3) and y (4 to 7), chosen by the four digits of `digits`, the lowest first.
+__device__ __forceinline__ unsigned bytes_of(unsigned x, unsigned y, unsigned digits) {
+  return __byte_perm(x, y, digits);
+}
+
+// Two 16-bit floats in a word: a difference, and two floats rounded.
+__device__ __forceinline__ unsigned difference(Bf16, unsigned a, unsigned b) {
+  unsigned d;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(0x3f803f80), "r"(b ^ 0x80008000));  // sub is of sm_90
+  return d;
+}
+__device__ __forceinline__ unsigned difference(Fp16, unsigned a, unsigned b) {
+  unsigned d;
+  asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+  return d;
+}
+__device__ __forceinline__ unsigned pair_of(Bf16, float low, float high) {
+  unsigned pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
 }
 
 __device__ __forceinline__ float magnitude(float v) { return fabsf(v); }

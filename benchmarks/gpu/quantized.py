@@ -1,0 +1,78 @@
+"""Decode with quantized weights: 2:4 in our kernels beside what torch has for dense ones."""
+
+from collections.abc import Callable
+from functools import partial
+from itertools import cycle
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.gpu.kernel_checks import QuantizedWeight
+from cast_serve.kernels.cuda.measurement import Call, Candidate, Gpu
+
+GROUP = 128
+"""Columns that share a scale of 4-bit weights."""
+
+
+def sparse(machine: Gpu, N: int, K: int, bits: int, group_size: int | None, x: list[Tensor]) -> Candidate:
+    """Our 2:4 weight in `bits`, x in 16."""
+    first = QuantizedWeight(N, K, bits, group_size, machine.device).packed
+    inputs = cycle(x)
+    weights = [first.clone() for _ in range(machine.copies(first.nbytes))]
+    calls: list[Call] = [partial(machine.weight_only, next(inputs), weight, N, bits, group_size) for weight in weights]
+    return Candidate(calls, first.nbytes)
+
+
+def dense_int4(machine: Gpu, N: int, K: int, x: list[Tensor]) -> Candidate:
+    """torch's own 4-bit weight-only product."""
+    device, inputs = machine.device, cycle(x)
+    scales = torch.rand(K // GROUP, N, 2, device=device).to(torch.bfloat16)
+    weights = []
+    for _ in range(machine.copies(N * K // 2)):
+        codes = torch.randint(0, 256, (N, K // 2), dtype=torch.uint8, device=device)
+        weights.append(torch.ops.aten._convert_weight_to_int4pack(codes, 8))
+    multiply = torch.ops.aten._weight_int4pack_mm
+    calls: list[Call] = [partial(multiply, next(inputs), weight, GROUP, scales) for weight in weights]
+    return Candidate(calls, N * K // 2 + scales.nbytes)
+
+
+def dense_fp8(machine: Gpu, N: int, K: int, x: list[Tensor]) -> Candidate:
+    """cuBLAS in 8-bit floats, x rounded beforehand."""
+    device, one = machine.device, torch.ones((), device=machine.device)
+    inputs = cycle([each.to(torch.float8_e4m3fn) for each in x])
+    weights = [torch.randn(N, K, device=device).to(torch.float8_e4m3fn).t() for _ in range(machine.copies(N * K))]
+    multiply = partial(torch._scaled_mm, scale_a=one, scale_b=one, out_dtype=torch.bfloat16)
+    calls: list[Call] = [partial(multiply, next(inputs), weight) for weight in weights]
+    return Candidate(calls, N * K)
+
+
+def race(machine: Gpu, shapes: list[tuple[int, int]], batches: list[int], bandwidth: float) -> list[dict[str, Any]]:
+    """Seconds of every candidate that runs, and its weight's bytes/s as a part of the copy's."""
+    records: list[dict[str, Any]] = []
+    for N, K in shapes:
+        for M in batches:
+            x = [torch.randn(M, K, device=machine.device).to(torch.bfloat16) for _ in range(8)]
+            makers: dict[str, Callable[[], Candidate]] = {
+                "2:4 int8": partial(sparse, machine, N, K, 8, None, x),
+                f"2:4 int4 g{GROUP}": partial(sparse, machine, N, K, 4, GROUP, x),
+                f"dense int4 g{GROUP} (torch)": partial(dense_int4, machine, N, K, x),
+                "dense fp8 (cuBLAS)": partial(dense_fp8, machine, N, K, x),
+            }
+            found: dict[str, Any] = {}
+            for name, make in makers.items():
+                try:
+                    candidate = make()
+                    seconds = machine.seconds(candidate.calls)
+                except (RuntimeError, NotImplementedError) as failure:
+                    found[name] = {"failure": str(failure)[:500]}
+                    continue
+                of_copy = candidate.weight_bytes / seconds / bandwidth
+                found[name] = {"seconds": seconds, "bytes": candidate.weight_bytes, "of_copy_bandwidth": of_copy}
+            records.append({"M": M, "N": N, "K": K, "candidates": found})
+            times = {
+                name: f"{entry['seconds'] * 1e6:.1f} us" if "seconds" in entry else "failed"
+                for name, entry in found.items()
+            }
+            print(f"{N} x {K}, M = {M}: {times}", flush=True)
+    return records

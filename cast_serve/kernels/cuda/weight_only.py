@@ -1,0 +1,137 @@
+"""Quantized 2:4 weights that are multiplied in 16 bits: x is not rounded, the weight is made a 16-bit float on its way.
+
+In memory they lie in the order of the fragments like 16-bit ones (`layout`), in one tensor of bytes: kept values, then
+metadata, then scales. A lane has its 16 values of a step together: 16 bytes, each 128 too large, or 8 bytes of half
+bytes, each 8 too large, value i of a tile in half byte i // 2 + 4 (i % 2). Sums of a group of columns are scaled in
+float32, so the only rounding is that of the product's terms, none.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cast_serve.kernels.cuda.layout import LANES, ROWS, STEP, to_fragments
+from cast_serve.kernels.cuda.linear import Launch, expand, small_m_linear
+from cast_serve.kernels.cuda.small_m import Plan, Types
+from conversion.errors import InputError
+from conversion.quantization.formats import INT4, decode
+
+OUTPUTS = {torch.bfloat16: "Bf16", torch.float16: "Fp16"}
+
+
+class Parts(NamedTuple):
+    """Views of a packed weight's bytes.
+
+    Attributes:
+        fragments: [row tiles, steps, 32, 2 * bits] uint8.
+        metadata: [row tiles, steps, 32] uint32.
+        scale: [row tiles, groups, 16] float32.
+    """
+
+    fragments: Tensor
+    metadata: Tensor
+    scale: Tensor
+
+
+def packed_bytes(out_features: int, columns: int, bits: int, group_size: int | None) -> int:
+    return sum(_sizes(out_features, columns, bits, group_size))
+
+
+def _sizes(out_features: int, columns: int, bits: int, group_size: int | None) -> tuple[int, int, int]:
+    row_tiles, steps = -(-out_features // ROWS), -(-columns // STEP)
+    groups = 1 if group_size is None else -(-columns // group_size)
+    return row_tiles * steps * LANES * 2 * bits, row_tiles * steps * LANES * 4, row_tiles * groups * ROWS * 4
+
+
+def pack(values: Tensor, bitmask: Tensor, scale: Tensor, group_size: int | None) -> Tensor:
+    """The bytes of a weight, on its device.
+
+    Args:
+        values: codes [N, K/2] int8, or [N, K/4] uint8 with two int4 in each, the earlier one in the low half.
+        bitmask: [N, K/8] uint8.
+        scale: [N, G] float32, of `group_size` columns each, a multiple of 64; None for one scale a row.
+
+    Raises:
+        InputError: groups that the kernel has no multiple of, wrong shapes, or a damaged bitmask.
+    """
+    if group_size is not None and group_size % STEP:
+        raise InputError(
+            f"on GPUs groups must be a multiple of {STEP} columns, and {group_size} is not: quantize again"
+        )
+    bits = 8 if values.dtype == torch.int8 else 4
+    codes = values if bits == 8 else decode(values, INT4).to(torch.int8)
+    rows, columns = codes.shape[0], codes.shape[1] * 2
+    groups = 1 if group_size is None else -(-columns // group_size)
+    if scale.shape != (rows, groups) or scale.dtype != torch.float32:
+        raise InputError(f"scale must be float32 {[rows, groups]}, not {scale.dtype} {list(scale.shape)}")
+    # as 16-bit integers they take the places of 16-bit floats
+    fragments, metadata = to_fragments(codes.to(torch.int16), bitmask)
+    row_tiles, steps = metadata.shape[:2]
+    of_steps = fragments.view(row_tiles, steps, 2, LANES, 8).transpose(2, 3)
+    if bits == 8:
+        stored = (of_steps + 128).to(torch.uint8)
+    else:
+        halves = (of_steps + 8).view(row_tiles, steps, LANES, 2, 2, 2, 2).to(torch.uint8)
+        # value i = 4 a + 2 b + c is in half byte 2 a + b + 4 c: byte a + 2 c, its low half for b = 0
+        stored = (halves[..., 0, :] | halves[..., 1, :] << 4).transpose(-1, -2)
+    scales = torch.nn.functional.pad(scale, (0, 0, 0, row_tiles * ROWS - rows))
+    scales = scales.view(row_tiles, ROWS, groups).transpose(1, 2)
+    return torch.cat([part.contiguous().view(torch.uint8).flatten() for part in (stored, metadata, scales)])
+
+
+def parts(packed: Tensor, out_features: int, columns: int, bits: int, group_size: int | None) -> Parts:
+    """What `pack` put together; RuntimeError if the bytes are not those of such a weight."""
+    sizes = _sizes(out_features, columns, bits, group_size)
+    if packed.dtype != torch.uint8 or packed.shape != (sum(sizes),):
+        raise RuntimeError(
+            f"cast24: {list(packed.shape)} {packed.dtype} is not the packed form of a weight {[out_features, columns]} "
+            f"of {bits} bits with groups of {group_size}"
+        )
+    values, metadata, scale = packed.split(sizes)
+    row_tiles, steps = -(-out_features // ROWS), -(-columns // STEP)
+    return Parts(
+        values.view(row_tiles, steps, LANES, 2 * bits),
+        metadata.view(torch.uint32).view(row_tiles, steps, LANES),
+        scale.view(torch.float32).view(row_tiles, -1, ROWS),
+    )
+
+
+def weight_only_linear(
+    x: Tensor,
+    packed: Tensor,
+    out_features: int,
+    bits: int,
+    group_size: int | None,
+    bias: Tensor | None = None,
+    *,
+    max_rows: int = 64,
+    cut: Plan | None = None,
+    launch: Launch | None = None,
+) -> Tensor:
+    """x [M, K] bfloat16 or float16 times what `pack` returns, plus bias of x's dtype: [M, out_features] of x's dtype.
+
+    Args:
+        max_rows: of x, past which the weight is made dense for the call, and cuBLAS multiplies.
+    """
+    M, K = x.shape
+    fragments, metadata, scale = parts(packed, out_features, K, bits, group_size)
+    types = Types(f"W{bits}", OUTPUTS[x.dtype])
+    group_steps = metadata.shape[1] if group_size is None else group_size // STEP
+    if max_rows < M:
+        dense = expand(
+            *(fragments, metadata, out_features, K),
+            w_scale=scale,
+            types=types,
+            group_steps=group_steps,
+            launch=launch,
+        )
+        return torch.nn.functional.linear(x, dense, bias)
+    return small_m_linear(
+        *(x, fragments, metadata, out_features, bias),
+        w_scale=scale,
+        types=types,
+        group_steps=group_steps,
+        cut=cut,
+        launch=launch,
+    )
