@@ -16,7 +16,7 @@ from cast_serve.kernels.cuda.measurement import Gpu
 
 def test_a_rehearsal_writes_every_part(tmp_path: Path) -> None:
     with pytest.raises(typer.Exit) as end:
-        kernels.main(tmp_path, 230.0, tiny=True)
+        kernels.main(tmp_path, tiny=True)
     assert end.value.exit_code == 0
     parts = {path.stem: json.loads(path.read_text()) for path in tmp_path.iterdir()}
     assert set(parts) == {"correctness", "decode", "graphs", "decode-quantized", "prefill", "cuts"}
@@ -26,7 +26,15 @@ def test_a_rehearsal_writes_every_part(tmp_path: Path) -> None:
     assert all(record["speedup_over_dense"]["dense"] == 1 for record in records)
     assert set(records[0]["seconds"]) == {"dense", "small_m", "small_m overlapping"}
     assert "expanded" in parts["prefill"]["records"][0]["seconds"]
-    assert all(cut["best"] for cut in parts["cuts"])
+    assert all(cut["best"] for cut in parts["cuts"]["records"])
+
+
+def test_parts_are_chosen_by_name(tmp_path: Path) -> None:
+    with pytest.raises(typer.Exit):
+        kernels.main(tmp_path, ["correctness"], tiny=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["correctness.json"]
+    with pytest.raises(typer.BadParameter, match="there is no part 'x'"):
+        kernels.main(tmp_path, ["x"], tiny=True)
 
 
 def test_a_wrong_kernel_is_found_and_its_place_is_shown() -> None:

@@ -16,6 +16,7 @@ from cast_serve.kernels.cuda.small_m import (
     plan,
     source,
 )
+from conversion.errors import InputError
 
 TYPES = {
     (torch.bfloat16, torch.bfloat16): Types("Bf16", "Bf16"),
@@ -179,10 +180,20 @@ def quantized_linear(
 
 
 def prepack(values: Tensor, bitmask: Tensor) -> tuple[Tensor, Tensor]:
-    """`to_fragments`, and all that a first call would have to do before it: compiling, loading, counters."""
-    fragments, metadata = to_fragments(values, bitmask)
-    small_m_linear(values.new_zeros(1, values.shape[1] * 2), fragments, metadata, values.shape[0])
-    return fragments, metadata
+    """`to_fragments`, and what a first call would have to do before it; InputError for values of other types."""
+    if (values.dtype, values.dtype) not in TYPES:
+        raise InputError(f"on GPUs values must be bfloat16 or float16, not {values.dtype}")
+    prepare(TYPES[values.dtype, values.dtype], values.device)
+    return to_fragments(values, bitmask)
+
+
+def prepare(types: Types, device: torch.device) -> None:
+    """Compile and load the kernels of these types and make the counters: nothing that a graph could capture."""
+    ring(device)
+    if device.type == "cuda":
+        from cast_serve.kernels.cuda.driver import kernels
+
+        kernels(source(types), torch.cuda.current_device() if device.index is None else device.index)
 
 
 class Ring:

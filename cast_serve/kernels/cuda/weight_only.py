@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cast_serve.kernels.cuda.layout import LANES, ROWS, STEP, to_fragments
-from cast_serve.kernels.cuda.linear import Launch, expand, small_m_linear
+from cast_serve.kernels.cuda.linear import Launch, expand, prepare, small_m_linear
 from cast_serve.kernels.cuda.small_m import Plan, Types
 from conversion.errors import InputError
 from conversion.quantization.formats import INT4, decode
@@ -45,7 +45,7 @@ def _sizes(out_features: int, columns: int, bits: int, group_size: int | None) -
 
 
 def pack(values: Tensor, bitmask: Tensor, scale: Tensor, group_size: int | None) -> Tensor:
-    """The bytes of a weight, on its device.
+    """The bytes of a weight, on its device, where kernels for x of the default dtype are loaded.
 
     Args:
         values: codes [N, K/2] int8, or [N, K/4] uint8 with two int4 in each, the earlier one in the low half.
@@ -60,6 +60,7 @@ def pack(values: Tensor, bitmask: Tensor, scale: Tensor, group_size: int | None)
             f"on GPUs groups must be a multiple of {STEP} columns, and {group_size} is not: quantize again"
         )
     bits = 8 if values.dtype == torch.int8 else 4
+    prepare(Types(f"W{bits}", OUTPUTS.get(torch.get_default_dtype(), "Bf16")), values.device)
     codes = values if bits == 8 else decode(values, INT4).to(torch.int8)
     rows, columns = codes.shape[0], codes.shape[1] * 2
     groups = 1 if group_size is None else -(-columns // group_size)
