@@ -30,6 +30,8 @@ def exec_vllm(directory: Path, arguments: list[str], *, threads: int | None) -> 
         )
     if is_packed(read_config(directory)):
         PackedCheckpoint(directory)
+        if "--enable-lora" in arguments:
+            raise InputError("LoRA adapters do not run on 2:4 layers: leave --enable-lora out")
     on_cpu = version("vllm").endswith("cpu")
     os.execve(
         sys.executable,

@@ -5,7 +5,7 @@ any model. So it imports little and never fails: what stands in the way of a pac
 loaded. See docs/vllm.md.
 """
 
-OLDEST_VLLM = (0, 32)
+OLDEST_VLLM = (0, 31)
 
 
 def register() -> None:

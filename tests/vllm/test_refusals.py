@@ -50,10 +50,10 @@ def test_registration_may_happen_again() -> None:
 
 
 def test_a_vllm_that_is_too_old_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vllm.version, "__version_tuple__", (0, 31, 0))
+    monkeypatch.setattr(vllm.version, "__version_tuple__", (0, 30, 2))
     register()
     try:
-        with pytest.raises(InputError, match=r"need vLLM 0\.32 or newer"):
+        with pytest.raises(InputError, match=r"need vLLM 0\.31 or newer"):
             get_quantization_config("cast24").from_config({})
     finally:
         monkeypatch.undo()
