@@ -52,10 +52,10 @@ class Variant:
 
 
 VARIANTS = (
-    Variant(1, warps_k=4, blocks=3),
+    Variant(1, warps_k=4),
     Variant(2, warps_k=2),
     Variant(4),
-    Variant(8, row_tiles=2, warps=4, depth=2, blocks=3),
+    Variant(8, row_tiles=2, warps=4, depth=2),
 )
 """For up to 8, 16, 32 and 64 rows of x. In the last, two weight tiles share each fragment of x from shared memory."""
 MAX_ROWS = 8 * VARIANTS[-1].column_tiles

@@ -38,34 +38,56 @@ struct Stage {
   uint4 tiles[kColumnTiles * kTiles * kTileStride];
 };
 
-// Bring `tiles` tiles of x, from byte `start` of each row on, into the order of operand B: register i of lane 4 g + t
-// holds bytes 16 i + 4 t of row g.
-template <int kColumnTiles, int kThreads>
-__device__ __forceinline__ void stage_x(Stage<kColumnTiles>& stage, const LinearArguments& arg, int first_row, int start,
-                                        int row_bytes, int tiles) {
-  unsigned* words = reinterpret_cast<unsigned*>(stage.tiles);
-  const int chunks = (tiles + 3) / 4 * (4 * 32 * kColumnTiles);
-#pragma unroll 4
-  for (int c = threadIdx.x; c < chunks; c += kThreads) {
-    // neighbours along K are neighbours among the threads; two rows, as four tiles hold 256 bytes of each
-    const int i = c & 3, tile_low = c >> 3 & 3, rest = c >> 5;
-    const int g = (c >> 2 & 1) + 2 * (rest & 3), column_tile = (rest >> 2) % kColumnTiles;
-    const int tile = tile_low + 4 * ((rest >> 2) / kColumnTiles);
-    const int row = first_row + 8 * column_tile + g, byte = start + 64 * tile + 16 * i;
-    if (row >= arg.M) continue;  // a column of B is nobody's but its own
-    uint4 v = make_uint4(0, 0, 0, 0);
-    if (byte + 16 <= row_bytes) {
-      v = load(reinterpret_cast<const uint4*>(arg.x + row * arg.x_stride + byte));
-    } else if (byte < row_bytes) {  // an 8-bit row may end in the middle of a chunk
-      const uint2 half = load(reinterpret_cast<const uint2*>(arg.x + row * arg.x_stride + byte));
+// 16 bytes of a row of x of which `left` are there, zeros for the rest: a row of 8-bit values may end in the middle.
+template <int kXBytes>
+__device__ __forceinline__ uint4 load_chunk(const unsigned char* p, int left) {
+  uint4 v = make_uint4(0, 0, 0, 0);
+  if constexpr (kXBytes == 2) {
+    if (left > 0) v = load(reinterpret_cast<const uint4*>(p));
+  } else {
+    if (left > 0) {
+      const uint2 half = load(reinterpret_cast<const uint2*>(p));
       v.x = half.x;
       v.y = half.y;
     }
-    unsigned* at = words + ((column_tile * Stage<kColumnTiles>::kTiles + tile) * kTileStride + 4 * g) * 4 + i;
-    at[0] = v.x;
-    at[4] = v.y;
-    at[8] = v.z;
-    at[12] = v.w;
+    if (left > 8) {
+      const uint2 half = load(reinterpret_cast<const uint2*>(p + 8));
+      v.z = half.x;
+      v.w = half.y;
+    }
+  }
+  return v;
+}
+
+// Bring `tiles` tiles of x, from byte `start` of each row on, into the order of operand B: register i of lane 4 g + t
+// holds bytes 16 i + 4 t of row g. Rows that x lacks are left as they are: a column of B is nobody's but its own.
+template <int kColumnTiles, int kThreads, int kXBytes>
+__device__ __forceinline__ void stage_x(Stage<kColumnTiles>& stage, const LinearArguments& arg, int first_row, int start,
+                                        int tiles) {
+  constexpr int kBatch = 4;  // loads on their way before the first of them is stored
+  unsigned* words = reinterpret_cast<unsigned*>(stage.tiles);
+  int log_tiles = 0;
+  while (1 << log_tiles < tiles) ++log_tiles;
+  const int rows = min(8 * kColumnTiles, arg.M - first_row), chunks = rows << (log_tiles + 2);
+  for (int first = threadIdx.x; first < chunks; first += kBatch * kThreads) {
+    uint4 v[kBatch];
+#pragma unroll
+    for (int n = 0; n < kBatch; ++n) {
+      const int c = first + n * kThreads, row = c >> (log_tiles + 2), chunk = c & ((4 << log_tiles) - 1);
+      const int byte = start + 16 * chunk, left = row < rows ? arg.K * kXBytes - byte : 0;
+      v[n] = load_chunk<kXBytes>(arg.x + (first_row + row) * arg.x_stride + byte, left);
+    }
+#pragma unroll
+    for (int n = 0; n < kBatch; ++n) {
+      const int c = first + n * kThreads, row = c >> (log_tiles + 2), chunk = c & ((4 << log_tiles) - 1);
+      if (row >= rows || chunk >= 4 * tiles) continue;
+      const int tile = row / 8 * Stage<kColumnTiles>::kTiles + chunk / 4;
+      unsigned* at = words + (tile * kTileStride + row % 8 * 4) * 4 + chunk % 4;
+      at[0] = v[n].x;
+      at[4] = v[n].y;
+      at[8] = v[n].z;
+      at[12] = v[n].w;
+    }
   }
 }
 
@@ -133,8 +155,8 @@ __device__ __forceinline__ void small_m_linear(const LinearArguments& arg) {
     const int staged = (round - begin) % kStageSteps;
     if (staged == 0) {
       __syncthreads();
-      stage_x<kColumnTiles, 32 * kWarps>(stage, arg, first_row, round * kTiles * 64, arg.K * Traits<T>::kXBytes,
-                                         min(kStageSteps, end - round) * kTiles);
+      stage_x<kColumnTiles, 32 * kWarps, Traits<T>::kXBytes>(stage, arg, first_row, round * kTiles * 64,
+                                                             min(kStageSteps, end - round) * kTiles);
       __syncthreads();
     }
 #pragma unroll
