@@ -1,9 +1,7 @@
 """The one model that a server serves: engine, tokenizer and chat template of an ONNX model directory."""
 
 import asyncio
-import ctypes
 import json
-import sys
 import time
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -11,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cast_serve.engine import Engine
+from cast_serve.freed_memory import return_freed_memory
 from cast_serve.server.chat_template import ChatTemplate
 from cast_serve.server.errors import APIError
 from cast_serve.server.protocol import Cast24, Model
@@ -45,7 +44,7 @@ class ServedModel:
         tokenizer = Tokenizer(onnx_dir / "tokenizer.json")
         chat_template = ChatTemplate.load(onnx_dir)
         engine = Engine(onnx_dir, **engine_options)
-        _return_freed_memory()
+        return_freed_memory()  # parsing the tokenizer and the graph leaves 15 MB and more
         return cls(
             name=name,
             engine=engine,
@@ -119,10 +118,3 @@ class ServedModel:
                 code="context_length_exceeded",
             )
         return max_tokens or min(default or room, room)
-
-
-def _return_freed_memory() -> None:
-    """Give what parsing the tokenizer and the graph has left free in the heap back to the system (15 MB and more)."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:  # glibc has it, musl has not
-        trim(0)

@@ -4,6 +4,8 @@ from collections import Counter
 
 from vllm.logger import init_logger
 
+from cast_serve.freed_memory import return_freed_memory
+
 # vLLM shows what its own loggers say, and no others.
 logger = init_logger("vllm.cast24")
 
@@ -38,6 +40,7 @@ class LoadReport:
         self.dense_bytes += dense_bytes
         self._waiting -= 1
         if self._waiting == 0:
+            return_freed_memory()  # what the portable tensors took, or the weights would seem twice as large
             logger.info(
                 "cast24: %s: %.1f MB of weights packed, %.1f MB dense",
                 ", ".join(f"{count} layers in {kernel}" for kernel, count in self.kernels.items()),
