@@ -6,7 +6,7 @@ process of its own, in vLLM's environment (`make test-vllm` makes it); this one 
 
 import json
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -158,9 +158,8 @@ def main(
 
     machine, now = this_machine(), datetime.now(UTC)
     stem = f"vllm-cpu-{name.lower()}-{now:%Y-%m-%d}"
-    title = f"{name} in vLLM on a CPU: dense and 2:4"
     about = [
-        title,
+        f"{name} in vLLM on a CPU: dense and 2:4",
         f"{machine.cpu}, threads: {threads}, {now:%Y-%m-%d}. {found[0].turns[0].about}.",
         f"Medians of {rounds} rounds (lowest to highest) in which every candidate has a turn, in a process of its own. "
         f"Prompts of {prompt_tokens} random tokens, {output_tokens} tokens generated greedily for each, end to end "
@@ -178,14 +177,8 @@ def main(
         "output_tokens": output_tokens,
         "prefill_tokens": prefill_tokens,
         "other_cpu": others,
-        "candidates": [asdict(measured) for measured in found],
     }
-    out.mkdir(parents=True, exist_ok=True)
-    (out / f"{stem}.json").write_text(json.dumps(record, indent=1) + "\n")
-    text = report.markdown(found, levels, about, f"{stem}.png")
-    (out / f"{stem}.md").write_text(text)
-    report.plot(found, levels, out / f"{stem}.png", title)
-    print(text)
+    print(report.write(found, levels, about, record, out / stem))
     console.print(f"wrote {out / stem}.md, .json and .png")
 
 

@@ -4,9 +4,7 @@ All candidates in one run, interleaved, with equal threads and the same prompts,
 Each turn is a process of its own, so that no candidate's threads or memory are in the way of another's.
 """
 
-import json
 import sys
-from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
@@ -88,9 +86,8 @@ def main(
     name = RANDOM if random else dense.absolute().name
     stem = f"cpu-{name.lower()}-{now:%Y-%m-%d}"
     runtimes = sorted({m.turns[0].about for m in found})
-    title = f"{name} on a CPU: 2:4 beside dense and llama.cpp"
     about = [
-        title,
+        f"{name} on a CPU: 2:4 beside dense and llama.cpp",
         f"{machine.cpu}, threads: {threads}, {now:%Y-%m-%d}. {'. '.join(runtimes)}.",
         f"Medians of {rounds} rounds (lowest to highest) in which every candidate has a turn, in a process of its own. "
         f"Prompts of {prompt_tokens} tokens, {output_tokens} tokens generated greedily for each, end to end without a "
@@ -105,7 +102,6 @@ def main(
         + ("" if random else "dense ones to nearest. " if calibration else "All weights are rounded to nearest. ")
         + f"Others kept at most {others:.2f} cores busy during a turn.",
     ]
-    out.mkdir(parents=True, exist_ok=True)
     record = {
         "date": now.isoformat(timespec="seconds"),
         "machine": machine.model_dump(),
@@ -117,13 +113,8 @@ def main(
         "prefill_tokens": prefill_tokens,
         "heldout": {"windows": len(windows), "context": context} if windows else None,
         "other_cpu": others,
-        "candidates": [asdict(measured) for measured in found],
     }
-    (out / f"{stem}.json").write_text(json.dumps(record, indent=1) + "\n")
-    text = report.markdown(found, levels, about, f"{stem}.png")
-    (out / f"{stem}.md").write_text(text)
-    report.plot(found, levels, out / f"{stem}.png", title)
-    print(text)
+    print(report.write(found, levels, about, record, out / stem))
     console.print(f"wrote {out / stem}.md, .json and .png")
 
 

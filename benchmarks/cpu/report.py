@@ -1,8 +1,11 @@
 """The measurements as Markdown and as a picture."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -11,9 +14,28 @@ from matplotlib.lines import Line2D
 
 from benchmarks.cpu.results import Measured, Rate, rates, rivals
 from benchmarks.markdown import markdown_table
+from conversion.atomic import write_text
 
 _COLORS = {"dense": "tab:gray", "2:4": "tab:blue", "llama.cpp": "tab:orange"}
 _MARKERS = {"fp32": "o", "bf16": "s", "int8": "^", "int4": "D"}
+
+
+def write(
+    found: Sequence[Measured], concurrency: Sequence[int], about: Sequence[str], record: Mapping[str, Any], stem: Path
+) -> str:
+    """Write stem.json, .md and .png, and return the markdown.
+
+    Args:
+        about: the title, and what is to be said below it.
+        record: what the JSON says beside the measurements.
+    """
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    candidates = [asdict(measured) for measured in found]
+    write_text(stem.parent / f"{stem.name}.json", json.dumps({**record, "candidates": candidates}, indent=1) + "\n")
+    text = markdown(found, concurrency, about, f"{stem.name}.png")
+    write_text(stem.parent / f"{stem.name}.md", text)
+    plot(found, concurrency, stem.parent / f"{stem.name}.png", about[0])
+    return text
 
 
 def markdown(found: Sequence[Measured], concurrency: Sequence[int], about: Sequence[str], picture: str) -> str:
