@@ -28,7 +28,8 @@ LESS = {
 AWKWARD = copy.deepcopy(CONFIGS["llama"])  # only o_proj has an input size (4 heads of 8) that is a multiple of 8
 AWKWARD.update({"hidden_size": 36, "intermediate_size": 60, "head_dim": 8})
 
-# model, dtype it is stored in, shard size, layers of the served graph in the 2:4 kernel (q, k and v are one; in whole panels gate and up, too)
+# model, dtype it is stored in, shard size, layers of the served graph in the 2:4 kernel (q, k and v are one; gate and
+# up are where their rows fill panels)
 CASES = {
     "llama": (CONFIGS["llama"], torch.bfloat16, "1GB", 2 * 5),
     "llama-awkward": (AWKWARD, torch.float32, "1GB", 2 * 1),
