@@ -6,13 +6,13 @@ interrupted goes on; runs lie in --work. They train and evaluate by the same fun
 
 import itertools
 import json
-import sys
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from benchmarks.command import run
 from conversion.errors import InputError
 
 if TYPE_CHECKING:
@@ -278,7 +278,4 @@ def _target(out: Path, name: str) -> Path:
 
 
 if __name__ == "__main__":
-    try:
-        app()
-    except InputError as error:
-        sys.exit(f"error: {error}")
+    run(app)

@@ -9,7 +9,6 @@ interrupted goes on.
 import hashlib
 import itertools
 import json
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import date
@@ -24,6 +23,7 @@ from rich.console import Console
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from benchmarks.command import run
 from benchmarks.load.machine import this_machine
 from cast_train.evaluation.evaluate import versions
 from cast_train.evaluation.perplexity import score_windows
@@ -228,7 +228,4 @@ def main(
 
 
 if __name__ == "__main__":
-    try:
-        typer.run(main)
-    except InputError as error:
-        sys.exit(f"error: {error}")
+    run(lambda: typer.run(main))

@@ -19,6 +19,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from benchmarks.command import run
 from benchmarks.markdown import markdown_table
 from conversion.errors import InputError
 
@@ -164,7 +165,4 @@ def main(
 
 
 if __name__ == "__main__":
-    try:
-        typer.run(main)
-    except InputError as error:
-        sys.exit(f"error: {error}")
+    run(lambda: typer.run(main))

@@ -5,7 +5,6 @@ process of its own, in vLLM's environment (`make test-vllm` makes it); this one 
 """
 
 import json
-import sys
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from benchmarks.command import run
 from benchmarks.cpu import measure, models, prompts, report
 from benchmarks.cpu.candidates import Candidate
 from benchmarks.cpu.job import Runtime
@@ -183,7 +183,4 @@ def main(
 
 
 if __name__ == "__main__":
-    try:
-        typer.run(main)
-    except InputError as error:
-        sys.exit(f"error: {error}")
+    run(lambda: typer.run(main))

@@ -19,7 +19,6 @@ VALID_NIBBLES = (0b0011, 0b0101, 0b0110, 0b1001, 0b1010, 0b1100)
 # Nibble of nonzero columns -> nibble of kept columns. A group with fewer than two nonzeros also keeps its first zeros;
 # 0 marks a group with more than two.
 _KEPT = torch.tensor([3, 3, 3, 3, 5, 5, 6, 0, 9, 9, 10, 0, 12, 0, 0, 0], dtype=torch.uint8)
-_IS_VALID = torch.tensor([nibble in VALID_NIBBLES for nibble in range(16)])
 _BITS = torch.tensor([[bool(nibble >> column & 1) for column in range(4)] for nibble in range(16)])
 
 
@@ -79,19 +78,26 @@ def unpack24(values: Tensor, bitmask: Tensor) -> Tensor:
     return values.new_zeros(rows, columns).masked_scatter_(kept, values.contiguous())
 
 
-def bitmask_nibbles(bitmask: Tensor) -> Tensor:
-    """Split a bitmask [N, K/8] into one nibble per group, [N, K/4] uint8; InputError on an invalid nibble."""
+def check_bitmask(bitmask: Tensor) -> None:
+    """InputError, naming the first row and group, unless every nibble of a bitmask [N, K/8] has exactly two bits."""
     if bitmask.dim() != 2 or bitmask.dtype != torch.uint8:
         raise InputError(f"a bitmask is a uint8 matrix [N, K/8], not {list(bitmask.shape)} {bitmask.dtype}")
-    nibbles = torch.stack((bitmask & 15, bitmask >> 4), dim=-1).flatten(1)
-    valid = _IS_VALID[nibbles.int()]
+    pairs = (bitmask & 0x55) + (bitmask >> 1 & 0x55)  # bits set in each two
+    valid = (pairs & 0x33) + (pairs >> 2 & 0x33) == 0x22
     if not valid.all():
-        row, group = _first(~valid)
+        row, byte = _first(~valid)
+        low, high = int(bitmask[row, byte]) & 15, int(bitmask[row, byte]) >> 4
+        group, nibble = (2 * byte, low) if low not in VALID_NIBBLES else (2 * byte + 1, high)
         raise InputError(
-            f"row {row}, group {group} of the bitmask is {nibbles[row, group].item():04b}, which does not keep exactly "
-            "two of four columns: the file is damaged"
+            f"row {row}, group {group} of the bitmask is {nibble:04b}, which does not keep exactly two of four "
+            "columns: the file is damaged"
         )
-    return nibbles
+
+
+def bitmask_nibbles(bitmask: Tensor) -> Tensor:
+    """Split a bitmask [N, K/8] into one nibble per group, [N, K/4] uint8; InputError on an invalid nibble."""
+    check_bitmask(bitmask)
+    return torch.stack((bitmask & 15, bitmask >> 4), dim=-1).flatten(1)
 
 
 def kept_columns(bitmask: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from conversion.checkpoint import Checkpoint, check_complete, widest
 from conversion.errors import InputError
 from conversion.families import Family, family_of, is_embedding
 from conversion.model_config import read_config
-from conversion.packed import BITMASK_SUFFIX, PATTERN, SCALE_SUFFIX, VALUES_SUFFIX, bitmask_nibbles, unpack24
+from conversion.packed import BITMASK_SUFFIX, PATTERN, SCALE_SUFFIX, VALUES_SUFFIX, check_bitmask, unpack24
 from conversion.quantization.formats import FORMATS, FP8, Quantization, check_scale, check_values, dequantize
 from conversion.shards import Shards, tensor_bytes
 
@@ -217,13 +217,18 @@ class PackedCheckpoint:
         """(N, K) of a weight of the scope."""
         return self._dense_shape(name.removesuffix(".weight"))
 
+    def check_bitmasks(self) -> None:
+        """Read every bitmask, a ninth of 16-bit weights; InputError, naming layer, row and group, if one is damaged."""
+        for layer in self.sparse_layers:
+            self._checked(layer + BITMASK_SUFFIX, check_bitmask)
+
     def packed(self, layer: str) -> tuple[Tensor, Tensor]:
         """Values as stored, [N, K/2] (4-bit: [N, K/4]), and bitmask [N, K/8] of one packed linear.
 
         Raises:
             InputError: the bitmask or the values are damaged.
         """
-        bitmask = self._checked(layer + BITMASK_SUFFIX, bitmask_nibbles)
+        bitmask = self._checked(layer + BITMASK_SUFFIX, check_bitmask)
         if self.quantization is None:
             return self._checked(layer + VALUES_SUFFIX), bitmask
         value_format = self.quantization.values

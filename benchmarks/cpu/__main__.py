@@ -4,13 +4,13 @@ All candidates in one run, interleaved, with equal threads and the same prompts,
 Each turn is a process of its own, so that no candidate's threads or memory are in the way of another's.
 """
 
-import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from benchmarks.command import run
 from conversion.errors import InputError
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -119,7 +119,4 @@ def main(
 
 
 if __name__ == "__main__":
-    try:
-        typer.run(main)
-    except InputError as error:
-        sys.exit(f"error: {error}")
+    run(lambda: typer.run(main))

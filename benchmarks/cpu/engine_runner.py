@@ -8,10 +8,8 @@ import onnxruntime
 
 from benchmarks.cpu.job import Speed
 from benchmarks.cpu.runner import log_likelihood
+from benchmarks.cpu.steps import Steps
 from cast_serve.engine import Engine
-from cast_serve.engine.kv_cache import BLOCK_TOKENS, CacheMemory, blocks_for
-from cast_serve.engine.manifest import read_manifest
-from cast_serve.engine.onnx_model import load_session
 from cast_serve.engine.types import SamplingParams
 from cast_serve.kernels import isa
 
@@ -49,30 +47,11 @@ class EngineRunner:
 
 def score(onnx_dir: Path, threads: int, windows: list[list[int]]) -> float:
     """Sum of the log-probabilities of each window's tokens but its first, through the graph that the engine runs."""
-    manifest = read_manifest(onnx_dir)
-    session = load_session(onnx_dir, threads)
-    blocks = blocks_for(len(windows[0]))
-    memory = CacheMemory(manifest.num_layers, blocks, manifest.kv_num_heads, manifest.head_dim)
-    assert memory.arrays[0].shape[1] == BLOCK_TOKENS
-    value = onnxruntime.OrtValue.ortvalue_from_numpy
-    names = [f"{which}_cache.{layer}" for layer in range(manifest.num_layers) for which in ("key", "value")]
-    caches = {name: value(array) for name, array in zip(names, memory.arrays, strict=True)}
-    table = np.arange(blocks, dtype=np.int32)[None]
+    steps = Steps(onnx_dir, threads, sequences=1, tokens=len(windows[0]))
     total = 0.0
     for window in windows:
         inputs, targets = np.array(window[:-1]), np.array(window[1:])
         for start in range(0, len(inputs), SCORED_AT_ONCE):
-            part = inputs[start : start + SCORED_AT_ONCE]
-            feeds = {
-                "input_ids": part[None],
-                "logits_rows": np.arange(len(part)),
-                "block_table": table,
-                "past_lens": np.array([start], np.int32),
-                "cu_seqlens": np.array([0, len(part)], np.int32),
-            }
-            if "position_ids" in manifest.inputs:
-                feeds["position_ids"] = np.arange(start, start + len(part))[None]
-            given = {name: value(array) for name, array in feeds.items()}
-            logits = session.run_with_ort_values(["logits"], given | caches)[0].numpy()[0]
+            logits = steps.run(inputs[None, start : start + SCORED_AT_ONCE], start)
             total += log_likelihood(logits, targets[start : start + SCORED_AT_ONCE])
     return total

@@ -10,6 +10,7 @@ from torch import Tensor
 from cast_serve.kernels.cuda import cusparselt, weight_only
 from cast_serve.kernels.cuda.layout import from_fragments
 from cast_serve.kernels.cuda.measurement import Gpu, Weight, random_values
+from conversion.quantization.formats import FP8, INT4, INT8, ValueFormat
 
 SHAPES = [
     *[(1, 16, 64), (1, 1, 8), (3, 24, 72), (8, 136, 1032), (9, 40, 200), (16, 330, 576), (17, 576, 1536)],
@@ -33,6 +34,13 @@ def small_m_error(machine: Gpu, M: int, N: int, K: int, dtype: torch.dtype) -> f
     return relative_error(machine.small_m(x, *weight.packed, N, bias), x, weight.dense, bias)
 
 
+def triton_error(machine: Gpu, M: int, N: int, K: int, dtype: torch.dtype) -> float:
+    device = machine.device
+    weight, x = Weight(N, K, dtype, device), random_values(M, K, dtype, device)
+    bias = torch.randn(N, device=device).to(dtype)
+    return relative_error(machine.triton(x, *from_fragments(*weight.packed, N, K), bias), x, weight.dense, bias)
+
+
 def small_m_8_bit_error(machine: Gpu, M: int, N: int, K: int, dtype: torch.dtype) -> float:
     device = machine.device
     weight, x = Weight(N, K, dtype, device), random_values(M, K, dtype, device)
@@ -50,25 +58,26 @@ def expand_error(machine: Gpu, M: int, N: int, K: int, dtype: torch.dtype) -> fl
 class QuantizedWeight:
     """A random quantized 2:4 weight [N, K], made on the device: packed, and dense as float32."""
 
-    def __init__(self, N: int, K: int, bits: int, group_size: int | None, device: torch.device) -> None:
-        weight = Weight(N, K, torch.int8, device)
+    def __init__(self, N: int, K: int, values: ValueFormat, group_size: int | None, device: torch.device) -> None:
+        weight = Weight(N, K, torch.int8 if values is INT4 else values.dtype, device)
         codes, bitmask = from_fragments(*weight.packed, N, K)
-        dense = weight.dense
-        if bits == 4:
+        dense, stored = weight.dense, codes
+        if values is INT4:
             codes, dense = (codes.float() / 16).round().clamp(-8, 7).to(torch.int8), (dense / 16).round().clamp(-8, 7)
-        stored = codes if bits == 8 else (codes[:, 0::2] & 15 | codes[:, 1::2] << 4).view(torch.uint8)
+            stored = (codes[:, 0::2] & 15 | codes[:, 1::2] << 4).view(torch.uint8)
         scale = torch.rand(N, 1 if group_size is None else -(-K // group_size), device=device) + 0.1
         self.dense = dense * scale.repeat_interleave(group_size or K, 1)[:, :K]
         self.packed = weight_only.pack(stored, bitmask, scale, group_size)
 
 
 def weight_only_error(
-    machine: Gpu, M: int, N: int, K: int, dtype: torch.dtype, bits: int, group_size: int | None
+    machine: Gpu, M: int, N: int, K: int, dtype: torch.dtype, values: ValueFormat, group_size: int | None
 ) -> float:
     device = machine.device
-    weight, x = QuantizedWeight(N, K, bits, group_size, device), random_values(M, K, dtype, device)
+    weight, x = QuantizedWeight(N, K, values, group_size, device), random_values(M, K, dtype, device)
     bias = torch.randn(N, device=device).to(dtype)
-    return relative_error(machine.weight_only(x, weight.packed, N, bits, group_size, bias), x, weight.dense, bias)
+    y = machine.weight_only(x, weight.packed, N, values.bits, group_size, bias)
+    return relative_error(y, x, weight.dense, bias)
 
 
 def rounding_error(machine: Gpu, M: int, N: int, K: int, dtype: torch.dtype) -> float:
@@ -123,10 +132,13 @@ def correctness(machine: Gpu, shapes: list[tuple[int, int, int]]) -> dict[str, A
         ("small_m", small_m_error, wide, None),
         ("expand", expand_error, wide, 0.0),
         ("small_m", small_m_8_bit_error, tile_dtypes(machine)[2:], None),
-        ("weight only int8", partial(weight_only_error, bits=8, group_size=None), wide, None),
-        ("weight only int4 g64", partial(weight_only_error, bits=4, group_size=64), wide, None),
+        ("weight only int8", partial(weight_only_error, values=INT8, group_size=None), wide, None),
+        ("weight only fp8", partial(weight_only_error, values=FP8, group_size=None), wide, None),
+        ("weight only int4 g64", partial(weight_only_error, values=INT4, group_size=64), wide, None),
         ("rows rounded", rounding_error, tile_dtypes(machine)[2:], 1 / 16),
     ]
+    if machine.has_triton:
+        kinds.append(("triton", triton_error, wide, None))
     if machine.has_cusparselt:
         kinds.append(("cusparselt", cusparselt_error, wide, None))
     wrong: list[str] = []
@@ -135,7 +147,7 @@ def correctness(machine: Gpu, shapes: list[tuple[int, int, int]]) -> dict[str, A
     def attempt(name: str, check: Callable[[], dict[str, Any]], is_right: Callable[[dict[str, Any]], bool]) -> None:
         try:
             errors[name] = check()
-        except RuntimeError as failure:
+        except Exception as failure:  # Triton has exceptions of its own; the other checks must still run
             errors[name] = {"failure": str(failure)}
         if "failure" in errors[name] or not is_right(errors[name]):
             wrong.append(name)

@@ -54,12 +54,14 @@ def race(machine: Gpu, shapes: list[Shape], batches: list[int], bandwidth: float
             candidates = layer.candidates(M)
             if machine.capability >= (9, 0):
                 candidates["small_m overlapping"] = Candidate(layer.small_m(M, overlap=True), layer.packed_bytes)
+            if machine.has_triton and M <= 64:
+                candidates["triton"] = Candidate(layer.triton(M), layer.packed_bytes)
             seconds: dict[str, float] = {}
             failures: dict[str, str] = {}
             for name, candidate in candidates.items():
                 try:
                     seconds[name] = machine.seconds(candidate.calls)
-                except RuntimeError as failure:
+                except Exception as failure:  # Triton has its own; the others must still run
                     failures[name] = str(failure)
             rates = {name: candidates[name].weight_bytes / taken for name, taken in seconds.items()}
             speedup = {name: seconds["dense"] / taken for name, taken in seconds.items() if "dense" in seconds}

@@ -23,6 +23,7 @@ class Rehearsal(Gpu):
         self.multiprocessors = 132
         self.capability = (9, 0)
         self.has_cusparselt = False
+        self.has_triton = True
 
     @staticmethod
     def small_m(
@@ -46,6 +47,11 @@ class Rehearsal(Gpu):
     def expand(fragments: Tensor, metadata: Tensor, out_features: int, columns: int, **_: Any) -> Tensor:
         values, bitmask = from_fragments(fragments, metadata, out_features, columns)
         return unpack24(values.float(), bitmask).to(values.dtype)
+
+    @staticmethod
+    def triton(x: Tensor, values: Tensor, bitmask: Tensor, bias: Tensor | None = None) -> Tensor:
+        y = x.float() @ unpack24(values.float(), bitmask).T
+        return (y if bias is None else y + bias.float()).to(x.dtype)
 
     @staticmethod
     def quantize_rows(x: Tensor, dtype: torch.dtype, **_: Any) -> tuple[Tensor, Tensor]:
@@ -72,7 +78,8 @@ class Rehearsal(Gpu):
         fragments, metadata, scale = parts(packed, N, K, bits, group_size)
         row_tiles, steps = metadata.shape[:2]
         if bits == 8:
-            codes = fragments.short() - 128
+            floats = packed.dtype == torch.float8_e4m3fn
+            codes = fragments.view(torch.float8_e4m3fn).half() if floats else fragments.short() - 128
         else:
             low_and_high = torch.stack((fragments & 15, fragments >> 4), -1).short() - 8
             # bytes of tile h are a + 2 c: value i = 4 a + 2 b + c, b the half

@@ -6,7 +6,6 @@ checkpoint and status 143; the next call with the same arguments goes on there, 
 
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -14,11 +13,11 @@ import torch
 import typer
 
 from benchmarks import quality
+from benchmarks.command import run
 from cast_train.config import CONFIGS
 from cast_train.devices import accelerator_key
 from cast_train.health import read_metrics
 from cast_train.plan import make_plan
-from conversion.errors import InputError, Interrupted
 
 SETTINGS = (
     "batch_tokens=65536",
@@ -95,10 +94,4 @@ def main(
 
 
 if __name__ == "__main__":
-    try:
-        typer.run(main)
-    except InputError as error:
-        sys.exit(f"error: {error}")
-    except Interrupted as stop:
-        print(stop, file=sys.stderr)
-        sys.exit(Interrupted.status)
+    run(lambda: typer.run(main))

@@ -10,17 +10,19 @@ from torch import Tensor
 
 from benchmarks.gpu.kernel_checks import QuantizedWeight
 from cast_serve.kernels.cuda.measurement import Call, Candidate, Gpu
+from conversion.quantization.formats import FP8, INT4, INT8, ValueFormat
 
 GROUP = 128
 """Columns that share a scale of 4-bit weights."""
 
 
-def sparse(machine: Gpu, N: int, K: int, bits: int, group_size: int | None, x: list[Tensor]) -> Candidate:
-    """Our 2:4 weight in `bits`, x in 16."""
-    first = QuantizedWeight(N, K, bits, group_size, machine.device).packed
+def sparse(machine: Gpu, N: int, K: int, values: ValueFormat, group_size: int | None, x: list[Tensor]) -> Candidate:
+    """Our quantized 2:4 weight, x in 16 bits."""
+    first = QuantizedWeight(N, K, values, group_size, machine.device).packed
     inputs = cycle(x)
     weights = [first.clone() for _ in range(machine.copies(first.nbytes))]
-    calls: list[Call] = [partial(machine.weight_only, next(inputs), weight, N, bits, group_size) for weight in weights]
+    multiply = machine.weight_only
+    calls: list[Call] = [partial(multiply, next(inputs), weight, N, values.bits, group_size) for weight in weights]
     return Candidate(calls, first.nbytes)
 
 
@@ -54,8 +56,9 @@ def race(machine: Gpu, shapes: list[tuple[int, int]], batches: list[int], bandwi
         for M in batches:
             x = [torch.randn(M, K, device=machine.device).to(torch.bfloat16) for _ in range(8)]
             makers: dict[str, Callable[[], Candidate]] = {
-                "2:4 int8": partial(sparse, machine, N, K, 8, None, x),
-                f"2:4 int4 g{GROUP}": partial(sparse, machine, N, K, 4, GROUP, x),
+                "2:4 int8": partial(sparse, machine, N, K, INT8, None, x),
+                "2:4 fp8": partial(sparse, machine, N, K, FP8, None, x),
+                f"2:4 int4 g{GROUP}": partial(sparse, machine, N, K, INT4, GROUP, x),
                 f"dense int4 g{GROUP} (torch)": partial(dense_int4, machine, N, K, x),
                 "dense fp8 (cuBLAS)": partial(dense_fp8, machine, N, K, x),
             }

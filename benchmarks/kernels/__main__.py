@@ -11,7 +11,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import onnxruntime
 import torch
 import typer
@@ -19,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from benchmarks.kernels.candidates import BASELINES, Candidate, candidates, random_bitmask
+from benchmarks.kernels.candidates import BASELINES, Candidate, candidates, memory_read, random_bitmask
 from benchmarks.load.machine import available_cores, this_machine
 from benchmarks.timing import Timing, interleave
 from cast_serve import kernels
@@ -29,13 +28,6 @@ SHAPES = [(4096, 4096), (11008, 4096)]
 """[N, K]: attention and feed-forward linears of a 7 B model."""
 MEMORY = "reading memory"
 RESULTS = Path(__file__).parents[1] / "results"
-
-
-def memory_read() -> Candidate:
-    """512 MB summed by all threads: the bound at M = 1. Timed in turn with the candidates: memory's speed drifts."""
-    # numpy gets huge pages, as prepack does. No two pages are equal: the host of a virtual machine may keep those once.
-    data = torch.from_numpy(np.random.default_rng(0).random(128 << 20, dtype=np.float32))
-    return Candidate(lambda _: data.sum(), data.nbytes)
 
 
 def call_overhead() -> float:

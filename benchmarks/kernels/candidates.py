@@ -52,6 +52,13 @@ def candidates(rows: int, columns: int, x: list[Tensor]) -> dict[str, Candidate]
     }
 
 
+def memory_read() -> Candidate:
+    """512 MB summed by all threads: the bound at M = 1. Timed in turn with the candidates: memory's speed drifts."""
+    # numpy gets huge pages, as prepack does. No two pages are equal: the host of a virtual machine may keep those once.
+    data = torch.from_numpy(np.random.default_rng(0).random(128 << 20, dtype=np.float32))
+    return Candidate(lambda _: data.sum(), data.nbytes)
+
+
 BASELINES = {
     "fp32": ("torch fp32", "ort fp32"),
     "bf16": ("torch bf16",),

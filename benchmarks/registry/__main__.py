@@ -3,13 +3,12 @@
 `from-gguf DIR PART ...` needs no network.
 """
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from conversion.errors import InputError
+from benchmarks.command import run
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 Out = Annotated[Path, typer.Argument(help="Directory to write into.")]
@@ -72,7 +71,4 @@ def from_gguf(
 
 
 if __name__ == "__main__":
-    try:
-        app()
-    except InputError as error:
-        sys.exit(f"error: {error}")
+    run(app)

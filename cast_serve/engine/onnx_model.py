@@ -143,12 +143,20 @@ def _sparse_executed() -> tuple[int, int]:
     return sum(nodes), sum(weight_bytes)
 
 
-def load_session(onnx_dir: Path, threads: int | None) -> ort.InferenceSession:
-    """Load an exported graph with our operators; InputError if ONNX Runtime cannot."""
+def load_session(onnx_dir: Path, threads: int | None, profile: Path | None = None) -> ort.InferenceSession:
+    """Load an exported graph with our operators; InputError if ONNX Runtime cannot.
+
+    Args:
+        onnx_dir: the exported model.
+        threads: of the computation; None leaves them to ONNX Runtime.
+        profile: what the name of ONNX Runtime's profile begins with; None writes none.
+    """
     options = ort.SessionOptions()
     options.register_custom_ops_library(str(library_path()))
     options.intra_op_num_threads = threads or 0
     options.inter_op_num_threads = 1
+    if profile is not None:
+        options.enable_profiling, options.profile_file_prefix = True, str(profile)
     options.log_severity_level = 4  # failures come back as exceptions, and are reported once
     try:
         return ort.InferenceSession(str(onnx_dir / "model.onnx"), options, providers=["CPUExecutionProvider"])

@@ -80,7 +80,7 @@ def prepack_quantized(
 
     Args:
         values: codes [N, K/2] int8, or [N, K/4] uint8 with two int4 in each, the earlier one in the low half; of a
-            dense weight [N, K] int8 or [N, K/2] uint8.
+            dense weight [N, K] int8 or [N, K/2] uint8. On a GPU also [N, K/2] float8_e4m3fn.
         bitmask: [N, K/8] uint8, or None for a dense weight.
         scale: [N, 1] or [N, ceil(K / group_size)] float32.
         group_size: columns of one scale: 32, 64, 128 or 256; None for one scale per row.
@@ -97,7 +97,7 @@ def prepack_quantized(
             raise InputError("prepack: dense quantized weights have no kernel on GPUs yet")
         return (
             weight_only.pack(values, bitmask, scale, group_size),
-            8 if values.dtype == torch.int8 else 4,
+            4 if values.dtype == torch.uint8 else 8,
             group_size or 0,
         )
     if values.dtype not in (torch.int8, torch.uint8) or values.dim() != 2:

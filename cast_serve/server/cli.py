@@ -15,6 +15,11 @@ class ValueDtype(enum.StrEnum):
     bfloat16 = "bfloat16"
 
 
+class SparseMemory(enum.StrEnum):
+    low = "low"
+    fast = "fast"
+
+
 class Engine(enum.StrEnum):
     onnxruntime = "onnxruntime"
     vllm = "vllm"
@@ -40,6 +45,12 @@ def serve(
     value_dtype: Annotated[
         ValueDtype | None, typer.Option(help="Dtype of a 2:4 model's kept values; default: as DIR holds them.")
     ] = None,
+    sparse_memory: Annotated[
+        SparseMemory | None,
+        typer.Option(
+            help="vLLM on a GPU: low (default) keeps one copy of each weight, fast another one for cuSPARSELt."
+        ),
+    ] = None,
 ) -> None:
     """Serve a model behind an OpenAI-compatible endpoint (/v1/completions, /v1/chat/completions, /metrics).
 
@@ -51,6 +62,8 @@ def serve(
     if engine is Engine.vllm:
         _serve_on_vllm(context, directory)
         return
+    if sparse_memory is not None:
+        raise InputError("--sparse-memory is for GPUs, which --engine vllm serves on: leave it out")
     if context.args:
         raise InputError(f"cast serve has no argument '{context.args[0]}': only --engine vllm passes others on")
     _require_packages()
@@ -89,7 +102,8 @@ def _serve_on_vllm(context: typer.Context, directory: Path) -> None:
         arguments += ["--max-num-seqs", str(given["max_batch_size"])]
     if "value_dtype" in given:
         arguments += ["--dtype", given["value_dtype"].value]
-    exec_vllm(directory, [*arguments, *context.args], threads=given.get("threads"))
+    sparse_memory = given["sparse_memory"].value if "sparse_memory" in given else None
+    exec_vllm(directory, [*arguments, *context.args], threads=given.get("threads"), sparse_memory=sparse_memory)
 
 
 def _was_given(context: typer.Context, name: str) -> bool:

@@ -17,11 +17,12 @@ from conversion.packed_checkpoint import PackedCheckpoint, is_packed
 MOST_KV_CACHE = 4 << 30
 
 
-def exec_vllm(directory: Path, arguments: list[str], *, threads: int | None) -> None:
+def exec_vllm(directory: Path, arguments: list[str], *, threads: int | None, sparse_memory: str | None) -> None:
     """Check `directory` and become `vllm serve directory arguments`; does not return.
 
     Raises:
-        InputError: vLLM is not installed, or the checkpoint is damaged as far as its headers tell.
+        InputError: vLLM is not installed, the checkpoint is damaged as far as its headers tell, or `sparse_memory` is
+            asked of vLLM for CPUs.
     """
     if importlib.util.find_spec("vllm") is None:
         raise InputError(
@@ -33,11 +34,12 @@ def exec_vllm(directory: Path, arguments: list[str], *, threads: int | None) -> 
         if "--enable-lora" in arguments:
             raise InputError("LoRA adapters do not run on 2:4 layers: leave --enable-lora out")
     on_cpu = version("vllm").endswith("cpu")
-    os.execve(
-        sys.executable,
-        command(directory, arguments, on_cpu=on_cpu),
-        cpu_environment(os.environ, threads) if on_cpu else os.environ,
-    )
+    if on_cpu and sparse_memory is not None:
+        raise InputError("--sparse-memory is for GPUs, and this vLLM is for CPUs: leave it out")
+    environment = cpu_environment(os.environ, threads) if on_cpu else dict(os.environ)
+    if sparse_memory is not None:
+        environment["CAST24_SPARSE_MEMORY"] = sparse_memory
+    os.execve(sys.executable, command(directory, arguments, on_cpu=on_cpu), environment)
 
 
 def command(directory: Path, arguments: list[str], *, on_cpu: bool) -> list[str]:

@@ -38,6 +38,7 @@ class GpuSparseLinear(SparseLinear):
         compressed = None
         if (
             sparse_memory() == "fast"
+            and not linear.is_portable(panel_values)
             and cusparselt.available()
             and cusparselt.fits(self.out_features, self.in_features)
         ):

@@ -13,8 +13,10 @@ def register() -> None:
     from vllm.model_executor.layers.quantization import register_quantization_config
     from vllm.version import __version_tuple__
 
+    from cast_serve.vllm_plugin.refusal import show_refusals_plainly
     from conversion.packed_checkpoint import QUANT_METHOD
 
+    show_refusals_plainly()
     found = tuple(part for part in __version_tuple__[:2] if isinstance(part, int))
     if (0, 0) < found < OLDEST_VLLM:  # 0.0 is a build from a source tree without tags
         from cast_serve.vllm_plugin.too_old import TooOldConfig

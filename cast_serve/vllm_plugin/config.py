@@ -77,12 +77,12 @@ class Cast24Config(QuantizationConfig):
     def maybe_update_config(
         self, model_name: str, hf_config: PreTrainedConfig | None = None, revision: str | None = None
     ) -> None:
-        """Check the checkpoint as far as its headers tell, before any worker starts."""
+        """Check the checkpoint's headers and bitmasks before any worker starts, so that damage is one sentence."""
         if hf_config is not None:
             self._family = family_of(hf_config.model_type)
             self.float_activations = getattr(hf_config, "cast24_float_activations", False)
         if Path(model_name).is_dir():
-            PackedCheckpoint(model_name)
+            PackedCheckpoint(model_name).check_bitmasks()
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         if isinstance(layer, LinearBase):

@@ -86,7 +86,10 @@ class SparseLinearMethod(LinearMethodBase):
         except InputError as error:
             raise InputError(f"layer '{self.name}': {error}") from None
         layer.packed = packed
-        values = str(packed.panel_values.dtype) if isinstance(packed, SparseLinear) else f"int{packed.bits}"
+        if isinstance(packed, SparseLinear):
+            values = str(packed.panel_values.dtype)
+        else:
+            values = "fp8" if packed.panels.dtype == torch.float8_e4m3fn else f"int{packed.bits}"
         self.config.report.packed(
             self.name,
             f"the 2:4 {values.removeprefix('torch.')} kernel ({'CUDA' if tensors[VALUES].is_cuda else isa()})",
@@ -105,14 +108,15 @@ class SparseLinearMethod(LinearMethodBase):
             assert weight_scale is not None
             check_values(weight_values, quantization.values)
             check_scale(weight_scale)
-            unit = 64 if weight_values.is_cuda else 1  # columns that the GPU's kernel takes at once
-            if quantization.values is not FP8 and (quantization.group_size or 0) % unit == 0:
+            on_gpu = weight_values.is_cuda
+            unit = 64 if on_gpu else 1  # columns that the GPU's kernel takes at once
+            if (on_gpu or quantization.values is not FP8) and (quantization.group_size or 0) % unit == 0:
                 quantized = QuantizedLinear(self.columns, self.rows, bias=False)
                 group_size, floats = quantization.group_size, self.config.float_activations
                 quantized.pack(weight_values, weight_bitmask, weight_scale, group_size, float_activations=floats)
                 return quantized
-            # There is no kernel for 8-bit floats, and on GPUs none for groups of 32. A group of 4 columns, of which 2
-            # are kept, shares its scale.
+            # On CPUs there is no kernel for 8-bit floats, on GPUs none for groups of 32. A group of 4 columns, of which
+            # 2 are kept, shares its scale.
             scales = quantization.spread(weight_scale, self.columns)[:, ::2]
             weight_values = (decode(weight_values, quantization.values) * scales).to(self.dtype)
         kind = GpuSparseLinear if weight_values.is_cuda else SparseLinear

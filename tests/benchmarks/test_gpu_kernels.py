@@ -24,7 +24,7 @@ def test_a_rehearsal_writes_every_part(tmp_path: Path) -> None:
     records = parts["decode"]["records"]
     assert [record["M"] for record in records] == kernels.DECODE
     assert all(record["speedup_over_dense"]["dense"] == 1 for record in records)
-    assert set(records[0]["seconds"]) == {"dense", "small_m", "small_m overlapping"}
+    assert set(records[0]["seconds"]) == {"dense", "small_m", "small_m overlapping", "triton"}
     assert "expanded" in parts["prefill"]["records"][0]["seconds"]
     assert all(cut["best"] for cut in parts["cuts"]["records"])
 

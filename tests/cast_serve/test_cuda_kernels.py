@@ -22,7 +22,7 @@ from cast_serve.kernels.cuda.small_m import Plan, Variant, plan
 from cast_serve.kernels.cuda.weight_only import weight_only_linear
 from conversion.errors import InputError
 from conversion.packed import unpack24
-from conversion.quantization.formats import INT4, INT8, encode
+from conversion.quantization.formats import FP8, INT4, INT8, ValueFormat, encode
 from tests.cast_serve.cuda_emulation.runner import Emulation, Launcher
 from tests.cast_serve.sparse_layers import random_layer
 
@@ -185,31 +185,35 @@ def test_expand(emulation: Emulation, rows: int, columns: int, dtype: torch.dtyp
     assert torch.equal(expand(*packed, rows, columns, launch=Launcher(emulation, packed)), layer.dense)
 
 
-def quantized_layer(rows: int, columns: int, bits: int, group_size: int | None) -> tuple[Tensor, ...]:
+def quantized_layer(rows: int, columns: int, values: ValueFormat, group_size: int | None) -> tuple[Tensor, ...]:
     """Stored codes, bitmask and scales of a random weight, and the weight, dense in float64."""
     layer = random_layer(rows, columns, torch.float32)
-    largest = 127 if bits == 8 else 7
-    codes = torch.randint(-largest - (bits == 4), largest + 1, layer.values.shape)
+    codes = torch.randint(values.lowest, values.highest + 1, layer.values.shape)
+    codes = codes.to(values.dtype).float() if values is FP8 else codes
     dense = unpack24(codes.double(), layer.bitmask)
     scale = torch.rand(rows, 1 if group_size is None else -(-columns // group_size)) + 0.01
     dense *= scale.double().repeat_interleave(group_size or columns, 1)[:, :columns]
-    stored = encode(codes.float(), INT8 if bits == 8 else INT4)
+    stored = encode(codes.float(), values)
     return stored, layer.bitmask, scale, dense
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("bits", "group_size"), [(8, None), (8, 128), (4, 64), (4, 256), (4, None)])
+@pytest.mark.parametrize(
+    ("format", "group_size"),
+    [(INT8, None), (INT8, 128), (FP8, None), (FP8, 64), (INT4, 64), (INT4, 256), (INT4, None)],
+)
 @pytest.mark.parametrize(("batch", "rows", "columns"), [(1, 16, 64), (3, 40, 200), (9, 130, 1032), (40, 33, 328)])
 def test_weight_only(
     emulation: Emulation,
     batch: int,
     rows: int,
     columns: int,
-    bits: int,
+    format: ValueFormat,
     group_size: int | None,
     dtype: torch.dtype,
 ) -> None:
-    values, bitmask, scale, dense = quantized_layer(rows, columns, bits, group_size)
+    bits = format.bits
+    values, bitmask, scale, dense = quantized_layer(rows, columns, format, group_size)
     packed = weight_only.pack(values, bitmask, scale, group_size)
     assert packed.numel() == weight_only.packed_bytes(rows, columns, bits, group_size)
     x, bias = torch.randn(batch, columns).to(dtype), torch.randn(rows).to(dtype)
@@ -228,9 +232,20 @@ def test_weight_only_is_as_small_as_it_can_be() -> None:
     dense = 2 * 4096 * 4096
     assert weight_only.packed_bytes(4096, 4096, 4, 128) / dense == (2 + 1 + 32 / 128) / 16
     assert weight_only.packed_bytes(4096, 4096, 8, None) / dense == pytest.approx(5 / 16, rel=2e-3)
-    layer = quantized_layer(16, 64, 4, 32)
+    layer = quantized_layer(16, 64, INT4, 32)
     with pytest.raises(InputError, match="multiple of 64 columns"):
         weight_only.pack(*layer[:3], 32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_8_bit_float_is_exact(emulation: Emulation, dtype: torch.dtype) -> None:
+    codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    values = codes[~codes.float().isnan()][:248].view(62, 4)
+    bitmask = torch.full((62, 1), 0b1010_0110, dtype=torch.uint8)
+    packed = weight_only.pack(values, bitmask, torch.ones(62, 1), None)
+    x = torch.eye(8).to(dtype)
+    y = weight_only_linear(x, packed, 62, 8, None, launch=Launcher(emulation, None))
+    assert torch.equal(y.T, unpack24(values.to(dtype), bitmask))
 
 
 VARIANTS_TO_TUNE = [

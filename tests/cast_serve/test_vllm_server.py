@@ -9,14 +9,20 @@ import pytest
 
 from cast_serve import cli
 from cast_serve.server import vllm_server
+from conversion.errors import InputError
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> list[str]:
     """The command that `cast serve` becomes."""
-    became: list[list[str]] = []
+    return become(monkeypatch, *arguments, vllm="0.32.0+cpu")[0]
+
+
+def become(monkeypatch: pytest.MonkeyPatch, *arguments: object, vllm: str) -> tuple[list[str], dict[str, str]]:
+    """The command and environment that `cast serve` becomes."""
+    became: list[tuple[list[str], dict[str, str]]] = []
     monkeypatch.setattr(vllm_server.importlib.util, "find_spec", lambda name: object())
-    monkeypatch.setattr(vllm_server, "version", lambda name: "0.32.0+cpu")
-    monkeypatch.setattr(vllm_server.os, "execve", lambda file, command, environment: became.append(command))
+    monkeypatch.setattr(vllm_server, "version", lambda name: vllm)
+    monkeypatch.setattr(vllm_server.os, "execve", lambda _, command, environment: became.append((command, environment)))
     monkeypatch.setattr(sys, "argv", ["cast", "serve", *map(str, arguments)])
     cli.build_app()(standalone_mode=False)
     return became[0]
@@ -45,6 +51,16 @@ def test_what_is_named_wins(model: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert on_gpu[-3:] == [str(model), "--dtype", "bfloat16"]
 
 
+def test_the_copies_of_a_weight_on_a_gpu_are_chosen(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CAST24_SPARSE_MEMORY", "low")
+    options = (model, "--engine", "vllm", "--sparse-memory", "fast")
+    command, environment = become(monkeypatch, *options, vllm="0.32.0")
+    assert "--sparse-memory" not in command
+    assert environment["CAST24_SPARSE_MEMORY"] == "fast"
+    with pytest.raises(InputError, match="--sparse-memory is for GPUs, and this vLLM is for CPUs"):
+        become(monkeypatch, *options, vllm="0.32.0+cpu")
+
+
 def test_the_environment_keeps_what_it_says() -> None:
     assert vllm_server.cpu_environment({"OMP_NUM_THREADS": "7", "A": "b"}, None) == {
         "OMP_NUM_THREADS": "7",
@@ -60,6 +76,7 @@ def test_the_environment_keeps_what_it_says() -> None:
     [
         (["--engine", "vllm"], "needs vLLM: pip install"),
         (["--engine", "vllm", "--max-queue", "3"], "--max-queue is for --engine onnxruntime"),
+        (["--sparse-memory", "fast"], "--sparse-memory is for GPUs"),
         (["--max-model-len", "512"], "has no argument '--max-model-len'"),
     ],
 )

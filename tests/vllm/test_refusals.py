@@ -42,6 +42,12 @@ def damaged(source: Path, target: Path, **changed: torch.Tensor | None) -> Path:
     return target
 
 
+def tampered() -> torch.Tensor:
+    bitmask = torch.full((64, 16), 0x33, dtype=torch.uint8)
+    bitmask[5, 3] = 0x37
+    return bitmask
+
+
 def test_registration_may_happen_again() -> None:
     for _ in range(2):
         register()
@@ -69,24 +75,16 @@ def test_a_vllm_that_is_too_old_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
             {"weight_values": torch.zeros(32, 64), "weight_bitmask": torch.full((32, 16), 0x33, dtype=torch.uint8)},
             r"k_proj.weight' has shape \[32, 128\], but 'model.layers.0.self_attn.k_proj.weight' has \[64, 128\]",
         ),
+        ({"weight_bitmask": tampered()}, f"tensor '{LAYER}.weight_bitmask' .* row 5, group 6 of the bitmask is 0111"),
     ],
-    ids=["missing", "values of another shape", "layer of another shape"],
+    ids=["missing", "values of another shape", "layer of another shape", "tampered bitmask"],
 )
-def test_headers_are_checked_before_the_engine_starts(
+def test_damage_is_found_before_the_engine_starts(
     changed: dict[str, torch.Tensor | None], sentence: str, checkpoints: Checkpoints, tmp_path: Path
 ) -> None:
     directory = damaged(checkpoints.packed("llama"), tmp_path / "damaged", **changed)
     with pytest.raises(ValueError, match=sentence):
         EngineArgs(model=str(directory)).create_engine_config()
-
-
-def test_a_tampered_bitmask_stops_the_load(checkpoints: Checkpoints, tmp_path: Path) -> None:
-    bitmask = torch.full((64, 16), 0x33, dtype=torch.uint8)
-    bitmask[5, 3] = 0x37
-    directory = damaged(checkpoints.packed("llama"), tmp_path / "damaged", weight_bitmask=bitmask)
-    row = 128 + 5  # behind q_proj's
-    with pytest.raises(InputError, match=f"layers.1.self_attn.qkv_proj': .* exactly two in row {row}, group 6"):
-        tokens(directory)
 
 
 @pytest.mark.parametrize(
@@ -97,10 +95,12 @@ def test_a_tampered_bitmask_stops_the_load(checkpoints: Checkpoints, tmp_path: P
             {"weight_bitmask": torch.full((64, 8), 0x33, dtype=torch.uint8)},
             r"needs tensors \[N, 16\], and .* \[64, 8\]",
         ),
+        # row 5 of k_proj lies behind q_proj's 128
+        ({"weight_bitmask": tampered()}, "layers.1.self_attn.qkv_proj': .* exactly two in row 133, group 6"),
     ],
-    ids=["missing", "wrong shape"],
+    ids=["missing", "wrong shape", "tampered bitmask"],
 )
-def test_what_comes_is_checked_where_headers_are_not(
+def test_what_comes_is_checked_where_files_are_not(
     changed: dict[str, torch.Tensor | None],
     sentence: str,
     checkpoints: Checkpoints,
@@ -108,7 +108,8 @@ def test_what_comes_is_checked_where_headers_are_not(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     directory = damaged(checkpoints.packed("llama"), tmp_path / "damaged", **changed)
-    monkeypatch.setattr(plugin_config, "PackedCheckpoint", lambda directory: None)  # as for a model of the hub
+    unchecked = SimpleNamespace(check_bitmasks=lambda: None)
+    monkeypatch.setattr(plugin_config, "PackedCheckpoint", lambda directory: unchecked)  # as for a model of the hub
     with pytest.raises(InputError, match=sentence):
         tokens(directory)
 

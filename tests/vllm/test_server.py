@@ -11,6 +11,8 @@ from pathlib import Path
 import openai
 import pytest
 
+from cast_serve.vllm_plugin.refusal import show_refusals_plainly
+from conversion.errors import InputError
 from tests.vllm.checkpoints import Checkpoints
 from tests.vllm.engine import engine, greedy
 
@@ -97,4 +99,24 @@ def test_vllm_serve_ends_with_the_sentence(checkpoints: Checkpoints, tmp_path: P
     vllm = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(tmp_path)]
     theirs = subprocess.run(vllm, capture_output=True, text=True)
     assert theirs.returncode != 0
-    assert sentence in theirs.stdout + theirs.stderr
+    assert sentence in theirs.stderr.splitlines()[-1]
+    assert "Traceback" not in theirs.stderr
+
+
+def test_only_refusals_are_shown_plainly(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[BaseException] = []
+    monkeypatch.setattr(sys, "excepthook", lambda kind, error, traceback: shown.append(error))
+    show_refusals_plainly()
+    show_refusals_plainly()
+
+    def uncaught(error: BaseException) -> str:
+        sys.excepthook(type(error), error, None)
+        return capsys.readouterr().err
+
+    wrapped = RuntimeError("could not start")
+    wrapped.__cause__ = InputError("a layer is damaged")
+    assert uncaught(wrapped) == "error: a layer is damaged\n"
+    assert shown == []
+    another = ValueError("not ours")
+    assert uncaught(another) == ""
+    assert shown == [another]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from conversion.errors import InputError
-from conversion.packed import VALID_NIBBLES, bitmask_nibbles
+from conversion.packed import VALID_NIBBLES, check_bitmask
 
 ROWS, STEP, LANES = 16, 64, 32
 
@@ -50,7 +50,7 @@ def to_fragments(values: Tensor, bitmask: Tensor) -> tuple[Tensor, Tensor]:
     nibbles = torch.stack((bitmask & 15, bitmask >> 4), dim=-1).flatten(1)
     positions = torch.tensor(_POSITIONS, device=bitmask.device)[nibbles.int()]
     if not positions.all():
-        bitmask_nibbles(bitmask.cpu())  # raises, and says where
+        check_bitmask(bitmask.cpu())  # raises, and says where
     padding = (0, steps * STEP // 4 - columns // 4, 0, row_tiles * ROWS - rows)
     positions = torch.nn.functional.pad(positions, padding, value=_POSITIONS[0b0011])
     # as integers, since not every 8-bit float has copies and padding

@@ -1,11 +1,13 @@
 """y = x W^T + bias on a GPU, W packed: for few rows of x by the kernel that streams W once, for many by a product."""
 
 import ctypes
+import importlib.util
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from cast_serve.kernels.cuda import nvrtc
 from cast_serve.kernels.cuda.layout import STEP, to_fragments
 from cast_serve.kernels.cuda.small_m import (
     ExpandArguments,
@@ -17,6 +19,7 @@ from cast_serve.kernels.cuda.small_m import (
     source,
 )
 from conversion.errors import InputError
+from conversion.packed import check_bitmask
 
 TYPES = {
     (torch.bfloat16, torch.bfloat16): Types("Bf16", "Bf16"),
@@ -65,8 +68,8 @@ def small_m_linear(
         bias: [out_features] of y's dtype.
         x_scale: [M], w_scale: [out_features], float32: y is multiplied by both. 8-bit types only, which need them.
         dtype: of y, bfloat16 or float16; default x's.
-        types: of the kernel, where dtypes do not say it: weights of "W8" or "W4", see `weight_only`, whose w_scale is
-            [row tiles, groups, 16], of `group_steps` steps each.
+        types: of the kernel, where dtypes do not say it: weights of "W8", "F8" or "W4", see `weight_only`, whose
+            w_scale is [row tiles, groups, 16], of `group_steps` steps each.
         cut: the call cut into blocks, default `plan`'s.
         overlap: begin to read the weight while the stream's previous kernel still runs (sm_90 and newer), which must
             not be one that writes the weight.
@@ -180,11 +183,25 @@ def quantized_linear(
 
 
 def prepack(values: Tensor, bitmask: Tensor) -> tuple[Tensor, Tensor]:
-    """`to_fragments`, and what a first call would have to do before it; InputError for values of other types."""
+    """`to_fragments`, and what a first call would have to do before it; without NVRTC the tensors as they are.
+
+    Raises:
+        InputError: values of other types, wrong shapes, a damaged bitmask, or neither NVRTC nor Triton.
+    """
     if (values.dtype, values.dtype) not in TYPES:
         raise InputError(f"on GPUs values must be bfloat16 or float16, not {values.dtype}")
+    if not nvrtc.available() and importlib.util.find_spec("triton") is not None:
+        check_bitmask(bitmask)
+        if values.dim() != 2 or values.shape[1] % 4 or bitmask.shape != (values.shape[0], values.shape[1] // 4):
+            raise InputError(f"{list(values.shape)} values and a bitmask {list(bitmask.shape)} are not of one weight")
+        return values.contiguous(), bitmask.contiguous()
     prepare(TYPES[values.dtype, values.dtype], values.device)
     return to_fragments(values, bitmask)
+
+
+def is_portable(packed: Tensor) -> bool:
+    """Whether the first tensor of `prepack` is in the portable format, which `triton_linear` multiplies by."""
+    return packed.dim() == 2
 
 
 def prepare(types: Types, device: torch.device) -> None:
@@ -243,13 +260,18 @@ def check(op: str, x: Tensor, fragments: Tensor, metadata: Tensor, out_features:
         raise RuntimeError(f"cast24::{op}: the last axis of x must be a multiple of 8, x has shape {list(x.shape)}")
     if fragments.dtype not in (torch.bfloat16, torch.float16) or not x.is_floating_point():
         raise RuntimeError(f"cast24::{op}: on a GPU weights are bfloat16 or float16, not {fragments.dtype}")
-    row_tiles, steps = -(-out_features // 16), -(-x.shape[-1] // STEP)
-    if out_features < 1 or fragments.shape != (row_tiles, 2 * steps, 32, 8) or metadata.shape != (row_tiles, steps, 32):
+    expected: tuple[tuple[int, ...], tuple[int, ...]]
+    if is_portable(fragments):
+        expected, word = ((out_features, x.shape[-1] // 2), (out_features, x.shape[-1] // 8)), torch.uint8
+    else:
+        row_tiles, steps = -(-out_features // 16), -(-x.shape[-1] // STEP)
+        expected, word = ((row_tiles, 2 * steps, 32, 8), (row_tiles, steps, 32)), torch.uint32
+    if out_features < 1 or (fragments.shape, metadata.shape) != expected:
         raise RuntimeError(
             f"cast24::{op}: {list(fragments.shape)} and {list(metadata.shape)} are not the packed form of a weight "
             f"{[out_features, x.shape[-1]]}"
         )
-    if metadata.dtype != torch.uint32 or not fragments.is_contiguous() or not metadata.is_contiguous():
-        raise RuntimeError(f"cast24::{op}: the packed weight must be contiguous, its metadata uint32")
+    if metadata.dtype != word or not fragments.is_contiguous() or not metadata.is_contiguous():
+        raise RuntimeError(f"cast24::{op}: the packed weight must be contiguous, its metadata {word}")
     if bias is not None and bias.shape != (out_features,):
         raise RuntimeError(f"cast24::{op}: bias must have shape [{out_features}], not {list(bias.shape)}")

@@ -1,5 +1,6 @@
 """Times of every product that a packed layer can be computed with, on this GPU, weights coming from its memory."""
 
+import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from cast_serve.kernels.cuda import cusparselt
-from cast_serve.kernels.cuda.layout import to_fragments
+from cast_serve.kernels.cuda.layout import from_fragments, to_fragments
 from cast_serve.kernels.cuda.linear import TYPES, Launch, expand, multiprocessors, quantize_rows, small_m_linear
 from cast_serve.kernels.cuda.small_m import Plan, Variant, source
 from cast_serve.kernels.cuda.timing import copies, copy_bandwidth, seconds_per_call
@@ -27,11 +28,19 @@ class Gpu:
         self.multiprocessors = multiprocessors(self.device)
         self.capability = torch.cuda.get_device_capability(self.device)
         self.has_cusparselt = cusparselt.available()
+        self.has_triton = importlib.util.find_spec("triton") is not None
 
     small_m = staticmethod(small_m_linear)
     expand = staticmethod(expand)
     quantize_rows = staticmethod(quantize_rows)
     weight_only = staticmethod(weight_only_linear)
+
+    @staticmethod
+    def triton(x: Tensor, values: Tensor, bitmask: Tensor, bias: Tensor | None = None) -> Tensor:
+        from cast_serve.kernels.cuda.triton_linear import triton_linear
+
+        return triton_linear(x, values, bitmask, bias)
+
     copies = staticmethod(copies)
     seconds = staticmethod(seconds_per_call)
 
@@ -104,6 +113,12 @@ class Layer:
         """Calls of the kernel for few rows, one for each copy of the weight."""
         x, call = cycle(self.inputs(M)), partial(self.machine.small_m, cut=cut, launch=launch, overlap=overlap)
         return [partial(call, next(x), fragments, metadata, self.N) for fragments, metadata in self.packed]
+
+    def triton(self, M: int) -> list[Call]:
+        """Calls of the Triton kernel, one for each copy of the portable weight."""
+        x = cycle(self.inputs(M))
+        portable = [from_fragments(*packed, self.N, self.K) for packed in self.packed]
+        return [partial(self.machine.triton, next(x), *weight) for weight in portable]
 
     def _expanded(self, x: Tensor, fragments: Tensor, metadata: Tensor) -> Tensor:
         return linear(x, self.machine.expand(fragments, metadata, self.N, self.K))

@@ -7,6 +7,7 @@ import hashlib
 import os
 import tempfile
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,15 @@ def _nvrtc() -> Any:
             f"kernels for GPUs need NVRTC and its bindings ({error}): pip install 'cast-serve[gpu]'"
         ) from error
     return nvrtc
+
+
+@cache
+def available() -> bool:
+    try:
+        _nvrtc()
+    except InputError:
+        return False
+    return True
 
 
 def compile_source(source: str, architecture: str) -> Compiled:

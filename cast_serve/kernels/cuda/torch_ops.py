@@ -13,8 +13,7 @@ from torch import Tensor
 
 from cast_serve.kernels.cuda import cusparselt
 from cast_serve.kernels.cuda.crossover import table
-from cast_serve.kernels.cuda.layout import to_fragments
-from cast_serve.kernels.cuda.linear import check, expand, small_m_linear
+from cast_serve.kernels.cuda.linear import check, expand, is_portable, prepack, small_m_linear
 from cast_serve.kernels.cuda.weight_only import weight_only_linear
 from conversion.errors import InputError
 
@@ -27,6 +26,10 @@ def linear_cuda(
     columns, dtype = x.shape[-1], fragments.dtype
     rows = x.reshape(-1, columns).to(dtype)
     bias = None if bias is None else bias.to(dtype).contiguous()
+    if is_portable(fragments):
+        from cast_serve.kernels.cuda.triton_linear import triton_linear
+
+        return triton_linear(rows, fragments, metadata, bias).view(*x.shape[:-1], out_features).to(x.dtype)
     layer = (out_features, columns, str(dtype).removeprefix("torch."))
     choice = table(x.device.index).choose(rows.shape[0], layer, compressed is not None)
     if choice.method == "small_m" or rows.shape[0] == 0:
@@ -50,10 +53,10 @@ def linear(
     if scale is not None:
         raise RuntimeError("cast24::linear: on a GPU pack quantized values first, and call linear_quantized")
     try:
-        fragments, metadata = to_fragments(values, bitmask)
+        packed = prepack(values, bitmask)
     except InputError as error:
         raise RuntimeError(f"cast24::linear: {error}") from None
-    return linear_cuda(x, fragments, metadata, None, values.shape[0], bias)
+    return linear_cuda(x, *packed, None, values.shape[0], bias)
 
 
 def linear_quantized(

@@ -1,9 +1,9 @@
 """Quantized 2:4 weights that are multiplied in 16 bits: x is not rounded, the weight is made a 16-bit float on its way.
 
 In memory they lie in the order of the fragments like 16-bit ones (`layout`), in one tensor of bytes: kept values, then
-metadata, then scales. A lane has its 16 values of a step together: 16 bytes, each 128 too large, or 8 bytes of half
-bytes, each 8 too large, value i of a tile in half byte i // 2 + 4 (i % 2). Sums of a group of columns are scaled in
-float32, so the only rounding is that of the product's terms, none.
+metadata, then scales. A lane has its 16 values of a step together: 16 bytes, 8-bit floats or integers 128 too large, or
+8 bytes of half bytes, each 8 too large, value i of a tile in half byte i // 2 + 4 (i % 2). Sums of a group of columns
+are scaled in float32, so the only rounding is that of the product's terms, none.
 """
 
 from typing import NamedTuple
@@ -47,8 +47,11 @@ def _sizes(out_features: int, columns: int, bits: int, group_size: int | None) -
 def pack(values: Tensor, bitmask: Tensor, scale: Tensor, group_size: int | None) -> Tensor:
     """The bytes of a weight, on its device, where kernels for x of the default dtype are loaded.
 
+    They are uint8, or float8_e4m3fn where the values are, which tells them apart.
+
     Args:
-        values: codes [N, K/2] int8, or [N, K/4] uint8 with two int4 in each, the earlier one in the low half.
+        values: codes [N, K/2] int8 or float8_e4m3fn, or [N, K/4] uint8 with two int4 in each, the earlier one in the
+            low half.
         bitmask: [N, K/8] uint8.
         scale: [N, G] float32, of `group_size` columns each, a multiple of 64; None for one scale a row.
 
@@ -59,9 +62,9 @@ def pack(values: Tensor, bitmask: Tensor, scale: Tensor, group_size: int | None)
         raise InputError(
             f"on GPUs groups must be a multiple of {STEP} columns, and {group_size} is not: quantize again"
         )
-    bits = 8 if values.dtype == torch.int8 else 4
-    prepare(Types(f"W{bits}", OUTPUTS.get(torch.get_default_dtype(), "Bf16")), values.device)
-    codes = values if bits == 8 else decode(values, INT4).to(torch.int8)
+    floats, bits = values.dtype == torch.float8_e4m3fn, 4 if values.dtype == torch.uint8 else 8
+    prepare(_types(bits, floats, torch.get_default_dtype()), values.device)
+    codes = values.view(torch.uint8) if floats else values if bits == 8 else decode(values, INT4).to(torch.int8)
     rows, columns = codes.shape[0], codes.shape[1] * 2
     groups = 1 if group_size is None else -(-columns // group_size)
     if scale.shape != (rows, groups) or scale.dtype != torch.float32:
@@ -71,25 +74,30 @@ def pack(values: Tensor, bitmask: Tensor, scale: Tensor, group_size: int | None)
     row_tiles, steps = metadata.shape[:2]
     of_steps = fragments.view(row_tiles, steps, 2, LANES, 8).transpose(2, 3)
     if bits == 8:
-        stored = (of_steps + 128).to(torch.uint8)
+        stored = (of_steps if floats else of_steps + 128).to(torch.uint8)
     else:
         halves = (of_steps + 8).view(row_tiles, steps, LANES, 2, 2, 2, 2).to(torch.uint8)
         # value i = 4 a + 2 b + c is in half byte 2 a + b + 4 c: byte a + 2 c, its low half for b = 0
         stored = (halves[..., 0, :] | halves[..., 1, :] << 4).transpose(-1, -2)
     scales = torch.nn.functional.pad(scale, (0, 0, 0, row_tiles * ROWS - rows))
     scales = scales.view(row_tiles, ROWS, groups).transpose(1, 2)
-    return torch.cat([part.contiguous().view(torch.uint8).flatten() for part in (stored, metadata, scales)])
+    packed = torch.cat([part.contiguous().view(torch.uint8).flatten() for part in (stored, metadata, scales)])
+    return packed.view(torch.float8_e4m3fn) if floats else packed
+
+
+def _types(bits: int, floats: bool, dtype: torch.dtype) -> Types:
+    return Types("F8" if floats else f"W{bits}", OUTPUTS.get(dtype, "Bf16"))
 
 
 def parts(packed: Tensor, out_features: int, columns: int, bits: int, group_size: int | None) -> Parts:
     """What `pack` put together; RuntimeError if the bytes are not those of such a weight."""
     sizes = _sizes(out_features, columns, bits, group_size)
-    if packed.dtype != torch.uint8 or packed.shape != (sum(sizes),):
+    if packed.dtype not in (torch.uint8, torch.float8_e4m3fn) or packed.shape != (sum(sizes),):
         raise RuntimeError(
             f"cast24: {list(packed.shape)} {packed.dtype} is not the packed form of a weight {[out_features, columns]} "
             f"of {bits} bits with groups of {group_size}"
         )
-    values, metadata, scale = packed.split(sizes)
+    values, metadata, scale = packed.view(torch.uint8).split(sizes)
     row_tiles, steps = -(-out_features // ROWS), -(-columns // STEP)
     return Parts(
         values.view(row_tiles, steps, LANES, 2 * bits),
@@ -117,7 +125,7 @@ def weight_only_linear(
     """
     M, K = x.shape
     fragments, metadata, scale = parts(packed, out_features, K, bits, group_size)
-    types = Types(f"W{bits}", OUTPUTS[x.dtype])
+    types = _types(bits, packed.dtype == torch.float8_e4m3fn, x.dtype)
     group_steps = metadata.shape[1] if group_size is None else group_size // STEP
     if max_rows < M:
         dense = expand(

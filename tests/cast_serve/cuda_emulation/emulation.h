@@ -149,6 +149,7 @@ struct Fp16 {};
 struct E4m3 {};
 struct S8 {};
 struct W8 {};
+struct F8 {};
 struct W4 {};
 
 inline uint4 load_once(const uint4* p) {
@@ -232,6 +233,12 @@ template <class T>
 unsigned difference(T type, unsigned a, unsigned b) {
   auto half = [&](unsigned word, int i) { return to_float(type, static_cast<unsigned short>(word >> 16 * i)); };
   return pair_of(type, half(a, 0) - half(b, 0), half(a, 1) - half(b, 1));
+}
+
+template <class T>
+unsigned product(T type, unsigned a, unsigned b) {
+  auto half = [&](unsigned word, int i) { return to_float(type, static_cast<unsigned short>(word >> 16 * i)); };
+  return pair_of(type, half(a, 0) * half(b, 0), half(a, 1) * half(b, 1));
 }
 
 inline float magnitude(float v) { return std::fabs(v); }

@@ -13,7 +13,7 @@ from cast_serve.kernels.cuda.small_m import CSRC, Types, Variant, others
 HERE = Path(__file__).parent
 ALL_TYPES = [Types(weight, weight) for weight in ("Bf16", "Fp16")]
 ALL_TYPES += [Types(weight, "Bf16") for weight in ("S8", "E4m3")]
-ALL_TYPES += [Types(weight, output) for weight in ("W8", "W4") for output in ("Bf16", "Fp16")]
+ALL_TYPES += [Types(weight, output) for weight in ("W8", "F8", "W4") for output in ("Bf16", "Fp16")]
 
 
 class Emulation:

@@ -19,14 +19,14 @@ struct LinearArguments {
   const unsigned* metadata;  // [row_tiles, steps, 32 lanes]
   const unsigned char* x;   // [M, K], rows x_stride bytes apart, 16-byte aligned, K a multiple of 8
   const float* x_scale;     // [M], E4m3 and S8 only
-  const float* w_scale;     // [N] for those; W8 and W4: [row_tiles, groups, 16]
+  const float* w_scale;     // [N] for those; W8, F8 and W4: [row_tiles, groups, 16]
   const unsigned short* bias;  // [N] in y's type, or null
   unsigned short* y;        // [M, N]
   uint4* partial;           // [ceil(M / 8 kColumnTiles), splits, row_tiles, kColumnTiles, 32] of four sums; for splits > 1
   unsigned* counters;       // [ceil(M / 8 kColumnTiles), blocks along N], all 0; for splits > 1
   long long x_stride;
   int M, N, K, row_tiles, steps, steps_per_split;
-  int groups, group_steps;  // W8 and W4: scales of a row, steps that share one
+  int groups, group_steps;  // W8, F8 and W4: scales of a row, steps that share one
 };
 
 // One tile of x in shared memory: 32 lanes of 16 bytes, and 16 bytes more, so that storing has no bank conflicts.

@@ -8,7 +8,8 @@ struct Bf16 {};
 struct Fp16 {};
 struct E4m3 {};
 struct S8 {};
-struct W8 {};  // 8 and 4 bits in memory only: made 16-bit floats before they are multiplied
+struct W8 {};  // 8-bit integers, 8-bit floats and 4-bit integers in memory only: 16-bit floats when they are multiplied
+struct F8 {};
 struct W4 {};
 
 // Read once: kept out of the first-level cache.
@@ -92,7 +93,7 @@ __device__ __forceinline__ unsigned bytes_of(unsigned x, unsigned y, unsigned di
   return __byte_perm(x, y, digits);
 }
 
-// Two 16-bit floats in a word: a difference, and two floats rounded.
+// Two 16-bit floats in a word: a difference, a product, and two floats rounded.
 __device__ __forceinline__ unsigned difference(Bf16, unsigned a, unsigned b) {
   unsigned d;
   asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(0x3f803f80), "r"(b ^ 0x80008000));  // sub is of sm_90
@@ -101,6 +102,16 @@ __device__ __forceinline__ unsigned difference(Bf16, unsigned a, unsigned b) {
 __device__ __forceinline__ unsigned difference(Fp16, unsigned a, unsigned b) {
   unsigned d;
   asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+  return d;
+}
+__device__ __forceinline__ unsigned product(Bf16, unsigned a, unsigned b) {
+  unsigned d;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(0x80008000));  // mul is of sm_90
+  return d;
+}
+__device__ __forceinline__ unsigned product(Fp16, unsigned a, unsigned b) {
+  unsigned d;
+  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
   return d;
 }
 __device__ __forceinline__ unsigned pair_of(Bf16, float low, float high) {

@@ -32,6 +32,8 @@ struct Traits<W8> {
   static constexpr bool kScaledAtEnd = false, kGroups = true;
 };
 template <>
+struct Traits<F8> : Traits<W8> {};
+template <>
 struct Traits<W4> : Traits<W8> {
   static constexpr int kWords = 2;
 };
@@ -66,6 +68,17 @@ __device__ __forceinline__ unsigned pair_of_bytes(Fp16 type, unsigned word, int 
   return difference(type, bytes_of(word, 0x64646464, 0x4140 + 0x202 * i), 0x64806480);  // 1024 + 128
 }
 
+// Bytes 2 i and 2 i + 1 of a word, 8-bit floats (e4m3), as 16-bit floats. Their exponent and mantissa take the place of
+// the wider ones', which makes a number too small by the difference of the two biases; below 2^-6 too.
+__device__ __forceinline__ unsigned pair_of_floats(Bf16 type, unsigned word, int i) {
+  const unsigned pair = bytes_of(word, 0, 0x1404 + 0x2020 * i);
+  return product(type, (pair & 0x80008000) | (pair >> 4 & 0x07f007f0), 0x7b807b80);  // 2^120
+}
+__device__ __forceinline__ unsigned pair_of_floats(Fp16 type, unsigned word, int i) {
+  const unsigned pair = bytes_of(word, 0, 0x1404 + 0x2020 * i);
+  return product(type, (pair & 0x80008000) | (pair >> 1 & 0x3f803f80), 0x5c005c00);  // 2^8
+}
+
 // Half bytes i and i + 4 of a word, each 8 too large.
 __device__ __forceinline__ unsigned pair_of_half_bytes(Bf16 type, unsigned word, int i) {
   return difference(type, (word >> 4 * i & 0x000f000f) | 0x43004300, 0x43084308);  // 128, 128 + 8
@@ -85,6 +98,11 @@ __device__ __forceinline__ uint4 operand_a(In in, W8, const unsigned (&words)[4]
                     pair_of_bytes(in, words[2 * h + 1], 0), pair_of_bytes(in, words[2 * h + 1], 1));
 }
 template <class In>
+__device__ __forceinline__ uint4 operand_a(In in, F8, const unsigned (&words)[4], int h) {
+  return make_uint4(pair_of_floats(in, words[2 * h], 0), pair_of_floats(in, words[2 * h], 1),
+                    pair_of_floats(in, words[2 * h + 1], 0), pair_of_floats(in, words[2 * h + 1], 1));
+}
+template <class In>
 __device__ __forceinline__ uint4 operand_a(In in, W4, const unsigned (&words)[2], int h) {
   return make_uint4(pair_of_half_bytes(in, words[h], 0), pair_of_half_bytes(in, words[h], 1),
                     pair_of_half_bytes(in, words[h], 2), pair_of_half_bytes(in, words[h], 3));
@@ -97,6 +115,10 @@ struct ProductOf {
 };
 template <class Out>
 struct ProductOf<W8, Out> {
+  using Type = Out;
+};
+template <class Out>
+struct ProductOf<F8, Out> {
   using Type = Out;
 };
 template <class Out>
