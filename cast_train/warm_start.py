@@ -14,6 +14,7 @@ from cast_train.dataset import TokenCache
 from cast_train.oneshot import prune
 from cast_train.oneshot.calibration import calibration_samples
 from cast_train.sparse_model import scope
+from conversion.atomic import room_for
 
 
 def warm_start(
@@ -41,8 +42,12 @@ def warm_start(
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         building = path.with_suffix(f".{os.getpid()}")
-        save_file({name: weight.detach().contiguous() for name, weight in weights.items()}, building)
-        building.replace(path)
+        try:
+            with room_for(path):
+                save_file({name: weight.detach().contiguous() for name, weight in weights.items()}, building)
+            building.replace(path)
+        finally:
+            building.unlink(missing_ok=True)
 
 
 def _identity(config: TrainConfig, tokens: TokenCache, source: str) -> str:

@@ -15,7 +15,7 @@ from conversion.checkpoint import Checkpoint
 from conversion.dense_model import dense_model
 from conversion.errors import InputError
 from conversion.fingerprint import source_fingerprint
-from conversion.onnx import export
+from conversion.onnx import GRAPH, export
 from conversion.onnx.dense_nbits import DenseQuantization
 from conversion.pack import save_packed
 from conversion.progress import without_transformers_bars
@@ -55,11 +55,15 @@ def check_work(sources: Sources) -> None:
         "dense": source_fingerprint(sources.dense),
         "sparse": source_fingerprint(sources.sparse),
         "calibration": [str(path.resolve()) for path in sources.calibration],
+        "graph": GRAPH,
     }
     sources.work.mkdir(parents=True, exist_ok=True)
     record = sources.work / _SOURCES
     if record.exists() and json.loads(record.read_text()) != found:
-        raise InputError(f"{sources.work} holds models made from other sources: name another --work, or delete it")
+        raise InputError(
+            f"{sources.work} holds models made from other sources, or by another release: name another --work, or "
+            "delete it"
+        )
     write_text(record, json.dumps(found, indent=1) + "\n")
 
 

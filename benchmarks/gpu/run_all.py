@@ -74,6 +74,7 @@ _TINY_QUALITY = (
 STEPS = [
     Step("training-correctness", 60, "benchmarks.gpu.training_correctness", tiny=("--device", "cpu")),
     Step("kernels", 300, "benchmarks.gpu.kernels", tiny=("--tiny",)),
+    Step("decode", 180, "benchmarks.gpu.decode", tiny=("--tiny",)),
     Step(
         "training-speed-135m",
         180,

@@ -11,6 +11,7 @@ from pathlib import Path
 from conversion.errors import InputError
 from conversion.families import family_of
 from conversion.fingerprint import source_fingerprint
+from conversion.onnx import GRAPH
 
 MANIFEST = "cast_onnx.json"
 
@@ -18,7 +19,7 @@ MANIFEST = "cast_onnx.json"
 def find_onnx_dir(directory: Path, value_dtype: str | None) -> Path:
     """Return `directory` if it is an ONNX directory, else the one converted from it, which it then holds.
 
-    The conversion is made once and kept until the source's weights or configuration change.
+    The conversion is made once and kept until the source's weights or configuration change, or what is made of them.
 
     Args:
         directory: an ONNX, packed or dense model directory.
@@ -31,7 +32,7 @@ def find_onnx_dir(directory: Path, value_dtype: str | None) -> Path:
         return directory
     _require_known_model(directory)
     converted = directory / (f"onnx-{value_dtype}" if value_dtype else "onnx")
-    if _source_of(converted) != source_fingerprint(directory):
+    if _made_from(converted) != (source_fingerprint(directory), GRAPH):
         _convert(directory, converted, value_dtype)
     return converted
 
@@ -47,10 +48,11 @@ def _require_known_model(directory: Path) -> None:
     family_of(model_type)
 
 
-def _source_of(onnx_dir: Path) -> str | None:
-    """The fingerprint of what `onnx_dir` was converted from; None if it is not there or not readable."""
+def _made_from(onnx_dir: Path) -> tuple[str, int] | None:
+    """The fingerprint of what `onnx_dir` was converted from, and its graph; None if it is not there or not readable."""
     try:
-        return json.loads((onnx_dir / MANIFEST).read_text(encoding="utf-8"))["source_fingerprint"]
+        manifest = json.loads((onnx_dir / MANIFEST).read_text(encoding="utf-8"))
+        return manifest["source_fingerprint"], manifest["graph"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -5,7 +5,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from conversion.onnx.export_model import export
 
-__all__ = ["export"]
+__all__ = ["GRAPH", "export"]
+
+GRAPH = 2
+"""Of the graphs that `export` makes. It goes up when they change: what was made before is then made anew."""
 
 
 def __getattr__(name: str) -> Any:

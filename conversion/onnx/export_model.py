@@ -17,6 +17,7 @@ from conversion.dense_model import dense_model
 from conversion.errors import InputError
 from conversion.families import LM_HEAD
 from conversion.fingerprint import source_fingerprint
+from conversion.onnx import GRAPH
 from conversion.onnx.dense_linear import use_dense_linear
 from conversion.onnx.dense_nbits import DenseQuantization, use_dense_nbits
 from conversion.onnx.fusion import fuse_steps
@@ -212,6 +213,7 @@ def _manifest(
     layers = [node for node in graph.graph if node.op_type.startswith("Sparse24MatMul")]
     return {
         "version": MANIFEST_VERSION,
+        "graph": GRAPH,
         "pattern": PATTERN if layers else "dense",
         "value_dtype": dtype,
         "sparse_layers": len(layers),

@@ -18,6 +18,7 @@ import pytest
 from cast_serve.server import model_dir
 from conversion.errors import InputError
 from conversion.fingerprint import source_fingerprint
+from conversion.onnx import GRAPH
 from conversion.pack import save_packed
 from tests.cast_serve.test_server_engine import SPARSE_LINEARS
 from tests.cast_serve.tiny_llama import Tiny
@@ -126,7 +127,7 @@ def test_unknown_host(tmp_path: Path) -> None:
     assert "cannot listen on" in refusal(str(tmp_path), "--host", "256.1.1.1")
 
 
-def test_source_that_changed_is_converted_again(packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_changed_is_converted_again(packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = tmp_path / "source"
     shutil.copytree(packed, source, ignore=shutil.ignore_patterns("onnx"))
     conversions = []
@@ -134,7 +135,8 @@ def test_source_that_changed_is_converted_again(packed: Path, tmp_path: Path, mo
     def convert(directory: Path, target: Path, value_dtype: str | None) -> None:
         conversions.append((target, value_dtype))
         target.mkdir(exist_ok=True)
-        (target / "cast_onnx.json").write_text(json.dumps({"source_fingerprint": source_fingerprint(directory)}))
+        made_from = {"source_fingerprint": source_fingerprint(directory), "graph": GRAPH}
+        (target / "cast_onnx.json").write_text(json.dumps(made_from))
 
     monkeypatch.setattr(model_dir, "_convert", convert)
     assert model_dir.find_onnx_dir(source, None) == source / "onnx"
@@ -145,6 +147,10 @@ def test_source_that_changed_is_converted_again(packed: Path, tmp_path: Path, mo
     (source / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 128}))
     model_dir.find_onnx_dir(source, None)
     assert len(conversions) == 3
+    made_from = json.loads((source / "onnx" / "cast_onnx.json").read_text())
+    (source / "onnx" / "cast_onnx.json").write_text(json.dumps(made_from | {"graph": GRAPH - 1}))
+    model_dir.find_onnx_dir(source, None)
+    assert len(conversions) == 4
     assert model_dir.find_onnx_dir(source / "onnx", None) == source / "onnx"
 
 
