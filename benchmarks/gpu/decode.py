@@ -20,7 +20,7 @@ from benchmarks.gpu.decoder import SHAPES, Decoder, MakeLinear, Shape
 from cast_serve.kernels.cuda.layout import from_fragments
 from cast_serve.kernels.cuda.measurement import Weight
 from cast_serve.kernels.cuda.timing import copy_bandwidth, seconds_per_call
-from cast_serve.torch_model.gpu_linear import GpuSparseLinear
+from cast_serve.torch_model.gpu_linear import GpuQuantizedLinear, GpuSparseLinear
 from cast_serve.torch_model.modules import PackedLinear, QuantizedLinear, SparseLinear
 from conversion.quantization.formats import FP8, INT4, INT8, ValueFormat, encode
 
@@ -58,7 +58,7 @@ def quantized(device: torch.device, N: int, K: int, *, values: ValueFormat, grou
     codes, bitmask = from_fragments(*weight.packed, N, K)
     stored = encode((codes.float() / 16).round().clamp(-8, 7), INT4) if values is INT4 else codes
     scale = torch.rand(N, 1 if group_size is None else -(-K // group_size), device=device) / K
-    linear = QuantizedLinear(K, N, bias=False)
+    linear = (GpuQuantizedLinear if device.type == "cuda" else QuantizedLinear)(K, N, bias=False)
     linear.pack(stored, bitmask, scale, group_size, float_activations=True)
     return linear
 

@@ -98,6 +98,18 @@ def cusparselt_error(machine: Gpu, M: int, N: int, K: int, dtype: torch.dtype) -
     return relative_error(cusparselt.linear(x, compressed, bias), x, weight.dense, bias)
 
 
+def cusparselt_8_bit_error(machine: Gpu, M: int, N: int, K: int, dtype: torch.dtype) -> float:
+    if not cusparselt.fits(N, K, itemsize=1):
+        return 0.0
+    device = machine.device
+    weight, x = Weight(N, K, dtype, device), random_values(M, K, dtype, device)
+    x_scale, w_scale = torch.rand(M, device=device), torch.rand(N, device=device) / 1000
+    bias = torch.randn(N, device=device)
+    compressed = cusparselt.compress_codes(*from_fragments(*weight.packed, N, K))
+    y = cusparselt.linear_8_bit(x, x_scale, compressed, w_scale, bias)
+    return relative_error(y, x, weight.dense, bias, x_scale.double()[:, None] * w_scale.double())
+
+
 def tile_map(machine: Gpu, dtype: torch.dtype) -> dict[str, Any]:
     """The weight of one step as the kernel sees it (x is the identity); if that is wrong, an x where it is."""
     weight, x = Weight(16, 64, dtype, machine.device), torch.eye(64).to(machine.device, dtype)
@@ -141,6 +153,9 @@ def correctness(machine: Gpu, shapes: list[tuple[int, int, int]]) -> dict[str, A
         kinds.append(("triton", triton_error, wide, None))
     if machine.has_cusparselt:
         kinds.append(("cusparselt", cusparselt_error, wide, None))
+        # sums are rounded to bfloat16, and y once more
+        twice = 2 * torch.finfo(torch.bfloat16).eps
+        kinds.append(("cusparselt", cusparselt_8_bit_error, tile_dtypes(machine)[2:], twice))
     wrong: list[str] = []
     errors: dict[str, Any] = {}
 

@@ -2,8 +2,8 @@
 
 In this order, each part written to a JSON file of its own as it ends: correctness at odd shapes; decode (1 to 64 rows
 of x) beside cuBLAS, on a dense weight, and cuSPARSELt; CUDA graphs, streams and torch.compile; decode with quantized
-weights; prefill; other cuts of the kernel for few rows. Weights are read from memory: each call has its own copy, and
-copies are several times the cache.
+weights; prefill, quantized weights too; other cuts of the kernel for few rows. Weights are read from memory: each call
+has its own copy, and copies are several times the cache.
 """
 
 import json
@@ -166,7 +166,7 @@ def cuts(
     return records
 
 
-PARTS = ("correctness", "decode", "graphs", "decode-quantized", "prefill", "cuts")
+PARTS = ("correctness", "decode", "graphs", "decode-quantized", "prefill", "prefill-quantized", "cuts")
 
 
 def main(
@@ -196,6 +196,7 @@ def main(
         "graphs": lambda: {"ok": True} if tiny else graphs(machine),
         "decode-quantized": lambda: {"records": quantized.race(machine, shapes[:2], DECODE[::3], bandwidth)},
         "prefill": lambda: raced(shapes[:2], prefill),
+        "prefill-quantized": lambda: {"records": quantized.race(machine, shapes[:2], prefill[::3], bandwidth)},
         "cuts": lambda: {"records": cuts(machine, shapes, CUT_ROWS, bandwidth, start + seconds)},
     }
     ok = True

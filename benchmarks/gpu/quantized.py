@@ -1,4 +1,4 @@
-"""Decode with quantized weights: 2:4 in our kernels beside what torch has for dense ones."""
+"""Quantized weights, few rows of x and many: 2:4 beside what torch has for dense ones."""
 
 from collections.abc import Callable
 from functools import partial
@@ -9,7 +9,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.kernel_checks import QuantizedWeight
-from cast_serve.kernels.cuda.measurement import Call, Candidate, Gpu
+from cast_serve.kernels.cuda import cusparselt
+from cast_serve.kernels.cuda.layout import from_fragments
+from cast_serve.kernels.cuda.measurement import Call, Candidate, Gpu, Weight
+from cast_serve.kernels.cuda.small_m import MAX_ROWS
 from conversion.quantization.formats import FP8, INT4, INT8, ValueFormat
 
 GROUP = 128
@@ -23,6 +26,18 @@ def sparse(machine: Gpu, N: int, K: int, values: ValueFormat, group_size: int | 
     weights = [first.clone() for _ in range(machine.copies(first.nbytes))]
     multiply = machine.weight_only
     calls: list[Call] = [partial(multiply, next(inputs), weight, N, values.bits, group_size) for weight in weights]
+    return Candidate(calls, first.nbytes)
+
+
+def sparse_8_bit(machine: Gpu, N: int, K: int, dtype: torch.dtype, x: list[Tensor]) -> Candidate:
+    """cuSPARSELt in 8 bits, x rounded beforehand."""
+    device = machine.device
+    first = cusparselt.compress_codes(*from_fragments(*Weight(N, K, dtype, device).packed, N, K))
+    inputs = cycle([each.to(dtype) for each in x])
+    scales = torch.ones(len(x[0]), device=device), torch.ones(N, device=device)
+    weights = [first.clone() for _ in range(machine.copies(first.nbytes))]
+    multiply = cusparselt.linear_8_bit
+    calls: list[Call] = [partial(multiply, next(inputs), scales[0], weight, scales[1], None) for weight in weights]
     return Candidate(calls, first.nbytes)
 
 
@@ -62,6 +77,9 @@ def race(machine: Gpu, shapes: list[tuple[int, int]], batches: list[int], bandwi
                 f"dense int4 g{GROUP} (torch)": partial(dense_int4, machine, N, K, x),
                 "dense fp8 (cuBLAS)": partial(dense_fp8, machine, N, K, x),
             }
+            if M > MAX_ROWS:
+                makers["2:4 int8 (cuSPARSELt)"] = partial(sparse_8_bit, machine, N, K, torch.int8, x)
+                makers["2:4 fp8 (cuSPARSELt)"] = partial(sparse_8_bit, machine, N, K, torch.float8_e4m3fn, x)
             found: dict[str, Any] = {}
             for name, make in makers.items():
                 try:

@@ -1,4 +1,4 @@
-"""The packed linear on a GPU."""
+"""The packed linears on a GPU."""
 
 import os
 from typing import Literal, get_args
@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from cast_serve.kernels.cuda import cusparselt, linear
-from cast_serve.torch_model.modules import SparseLinear
+from cast_serve.torch_model.modules import QuantizedLinear, SparseLinear
 from conversion.errors import InputError
 
 SparseMemory = Literal["low", "fast"]
 """low: one copy of the weight, 9/16 of a dense one; many rows of x meet a dense weight that is made for the call.
-fast: also cuSPARSELt's copy, as large again, for many rows of x."""
+fast: also cuSPARSELt's copy, as large again, for many rows of x; quantized weights meet those rounded to 8 bits."""
 
 
 def sparse_memory() -> SparseMemory:
@@ -49,5 +49,47 @@ class GpuSparseLinear(SparseLinear):
     def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
         y: Tensor = torch.ops.cast24.linear_cuda(
             x, self.panel_values, self.panel_indices, self.compressed, self.out_features, bias
+        )
+        return y
+
+
+class GpuQuantizedLinear(QuantizedLinear):
+    """x [..., K] of a floating dtype -> [..., N] of the same, with a 2:4 weight of int8, int4 or fp8 codes."""
+
+    compressed: Tensor | None
+
+    def pack(
+        self,
+        values: Tensor,
+        bitmask: Tensor | None,
+        scale: Tensor,
+        group_size: int | None,
+        *,
+        float_activations: bool,
+    ) -> None:
+        """Take codes, bitmask and scales on the GPU.
+
+        Args:
+            values, bitmask, scale, group_size: as `prepack_quantized` takes them.
+            float_activations: never round x, so that cuSPARSELt is not used.
+        """
+        super().pack(values, bitmask, scale, group_size, float_activations=float_activations)
+        compressed = None
+        if (
+            sparse_memory() == "fast"
+            and not float_activations
+            and bitmask is not None
+            and group_size is None
+            and values.dtype in (torch.int8, torch.float8_e4m3fn)
+            and cusparselt.available()
+            and cusparselt.fits(self.out_features, self.in_features, itemsize=1)
+        ):
+            linear.prepare(linear.TYPES[values.dtype, torch.bfloat16], values.device)
+            compressed = cusparselt.compress_codes(values, bitmask)
+        self.register_buffer("compressed", compressed, persistent=False)
+
+    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        y: Tensor = torch.ops.cast24.linear_quantized_cuda(
+            x, self.panels, self.compressed, self.out_features, self.bits, self.group_size, bias
         )
         return y

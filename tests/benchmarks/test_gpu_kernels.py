@@ -19,7 +19,7 @@ def test_a_rehearsal_writes_every_part(tmp_path: Path) -> None:
         kernels.main(tmp_path, tiny=True)
     assert end.value.exit_code == 0
     parts = {path.stem: json.loads(path.read_text()) for path in tmp_path.iterdir()}
-    assert set(parts) == {"correctness", "decode", "graphs", "decode-quantized", "prefill", "cuts"}
+    assert set(parts) == {"correctness", "decode", "graphs", "decode-quantized", "prefill", "prefill-quantized", "cuts"}
     assert parts["correctness"]["ok"]
     records = parts["decode"]["records"]
     assert [record["M"] for record in records] == kernels.DECODE

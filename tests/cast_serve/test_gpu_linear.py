@@ -5,10 +5,12 @@ from typing import Any
 import pytest
 import torch
 
-from cast_serve.kernels.cuda import cusparselt, linear, torch_ops
+from cast_serve.kernels.cuda import cusparselt, linear, torch_ops, weight_only
 from cast_serve.kernels.cuda.crossover import DEVICES, Table
-from cast_serve.torch_model.gpu_linear import GpuSparseLinear
+from cast_serve.torch_model import modules
+from cast_serve.torch_model.gpu_linear import GpuQuantizedLinear, GpuSparseLinear
 from conversion.errors import InputError
+from conversion.quantization.formats import FP8, INT8, Quantization, ValueFormat, dequantize, encode
 from tests.cast_serve.cuda_emulation.runner import Emulation, Launcher
 from tests.cast_serve.sparse_layers import random_layer
 
@@ -17,7 +19,8 @@ from tests.cast_serve.sparse_layers import random_layer
 def gpu(emulation: Emulation, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear, "launch_on_gpu", Launcher(emulation, None))
     monkeypatch.setattr(torch_ops, "table", lambda _: Table({}, DEVICES["H100"]))
-    monkeypatch.setattr(torch.ops.cast24, "linear_cuda", torch_ops.linear_cuda, raising=False)
+    for name in ("linear_cuda", "linear_quantized_cuda"):
+        monkeypatch.setattr(torch.ops.cast24, name, getattr(torch_ops, name), raising=False)
 
 
 @pytest.mark.parametrize(
@@ -51,6 +54,58 @@ def test_fast_keeps_a_second_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     odd = random_layer(24, 40, torch.bfloat16)
     other.pack(odd.values, odd.bitmask)
     assert other.compressed is None
+
+
+@pytest.fixture
+def compressed(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What cuSPARSELt was given, whose product is a dense one here."""
+    given: list[Any] = []
+
+    def multiply(weight: Any, right: Any, *, out_dtype: torch.dtype, transpose_result: bool) -> Any:
+        assert transpose_result
+        assert right.dtype == weight.dtype
+        return (right.t().double() @ weight.double().t()).to(out_dtype)
+
+    monkeypatch.setenv("CAST24_SPARSE_MEMORY", "fast")
+    monkeypatch.setattr(cusparselt, "available", lambda: True)
+    monkeypatch.setattr(cusparselt, "compress", lambda dense: given.append(dense) or dense)
+    monkeypatch.setattr(torch, "_cslt_sparse_mm", multiply)
+    # prepack asks the tensors where they are
+    monkeypatch.setattr(modules, "prepack_quantized", lambda v, b, s, g: (weight_only.pack(v, b, s, g), 8, g or 0))
+    return given
+
+
+@pytest.mark.parametrize("values", [INT8, FP8], ids=["int8", "fp8"])
+@pytest.mark.parametrize("rows", [5, 65, 100])
+def test_quantized_weights_meet_many_rows_in_8_bits(compressed: list[Any], values: ValueFormat, rows: int) -> None:
+    layer, scale = random_layer(64, 96, torch.float32), torch.rand(64, 1) + 0.5
+    stored = encode((layer.values * 20).round(), values)
+    dense = dequantize(stored, layer.bitmask, scale, Quantization(values, None))
+    module = GpuQuantizedLinear(96, 64, bias=True)
+    torch.nn.init.normal_(module.bias)
+    module.pack(stored, layer.bitmask, scale, None, float_activations=False)
+    assert torch.equal(compressed[0].float() * scale, dense)
+    x = torch.randn(rows, 96).bfloat16()
+    y = module(x)
+    assert (y.dtype, y.shape) == (x.dtype, (rows, 64))
+    expected = x.double() @ dense.double().T + module.bias.double()
+    error = (y.double() - expected).abs() / (x.double().abs() @ dense.double().abs().T)
+    assert error.max() < (0.04 if rows > 64 else 0.005)  # rounded to 8 bits, or not
+
+
+@pytest.mark.parametrize(
+    ("shape", "group_size", "float_activations"),
+    [((64, 96), 64, False), ((64, 96), None, True), ((40, 96), None, False)],
+)
+def test_where_there_is_no_second_copy(
+    compressed: list[Any], shape: tuple[int, int], group_size: int | None, float_activations: bool
+) -> None:
+    layer = random_layer(*shape, torch.float32)
+    stored, scale = encode(layer.values * 20, INT8), torch.ones(shape[0], 1 if group_size is None else 2)
+    module = GpuQuantizedLinear(shape[1], shape[0], bias=False)
+    module.pack(stored, layer.bitmask, scale, group_size, float_activations=float_activations)
+    assert module.compressed is None
+    assert compressed == []
 
 
 def test_another_word_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

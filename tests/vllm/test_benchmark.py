@@ -1,11 +1,16 @@
-"""The worker of `python -m benchmarks.vllm_cpu`."""
+"""The worker of `python -m benchmarks.vllm_cpu`, and `python -m benchmarks.vllm_tokens`."""
 
+import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import typer
 
+from benchmarks import vllm_tokens
 from benchmarks.cpu.job import Job, Turn
+from conversion.errors import InputError
 from tests.vllm.checkpoints import Checkpoints
 
 
@@ -20,3 +25,20 @@ def test_a_turn_in_vllm(checkpoints: Checkpoints) -> None:
     assert turn.speeds[2].decoded_tokens == 10
     assert turn.weight_memory is not None
     assert turn.about.startswith("vLLM ")
+
+
+@pytest.mark.slow
+def test_tokens_are_compared(checkpoints: Checkpoints, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": f"word {i} and more"}) + "\n" for i in range(3)))
+
+    def compared(packed: Path) -> int:
+        with pytest.raises(typer.Exit) as end:
+            vllm_tokens.main(checkpoints.dense("llama"), packed, text, prompts=3, tokens=6, mode=["eager"])
+        return end.value.exit_code
+
+    assert compared(checkpoints.packed("llama")) == 0
+    assert "eager, batch 16: 3 of 3 prompts with the same 6 tokens" in capsys.readouterr().out
+    assert compared(checkpoints.packed("qwen2")) == 1
+    with pytest.raises(InputError, match="has 3 documents, and 4 prompts"):
+        vllm_tokens.main(checkpoints.dense("llama"), checkpoints.packed("llama"), text, prompts=4)

@@ -3,22 +3,31 @@
 import torch
 from torch import Tensor
 
-ROWS = 8
-"""x has a multiple of these rows there."""
-
 
 def available() -> bool:
     return torch.cuda.is_available() and torch.backends.cusparselt.is_available()
 
 
-def fits(out_features: int, columns: int) -> bool:
-    """Whether a weight [out_features, columns] of a 16-bit type can be compressed."""
-    return out_features % 16 == 0 and columns % 16 == 0
+def fits(out_features: int, columns: int, itemsize: int = 2) -> bool:
+    """Whether a weight [out_features, columns] of a type of 2 bytes, or 1, can be compressed."""
+    unit = 32 // itemsize
+    return out_features % unit == 0 and columns % unit == 0
 
 
 def compress(dense: Tensor) -> Tensor:
-    """cuSPARSELt's layout, which depends on its version and on the GPU, of a 2:4 weight [N, K]: 9/16 of its bytes."""
+    """cuSPARSELt's layout, which depends on its version and on the GPU, of a 2:4 weight [N, K]: 9/16 of its bytes.
+
+    Of an int8 or float8_e4m3fn weight it is 10/16.
+    """
     return torch._cslt_compress(dense.contiguous())
+
+
+def compress_codes(values: Tensor, bitmask: Tensor) -> Tensor:
+    """`compress` a weight of kept values [N, K/2], int8 or float8_e4m3fn, and bitmask [N, K/8]."""
+    bits = bitmask[:, :, None] >> torch.arange(8, dtype=torch.uint8, device=bitmask.device) & 1
+    codes = values.view(torch.int8)
+    dense = codes.new_zeros(codes.shape[0], 2 * codes.shape[1]).masked_scatter_(bits.flatten(1).bool(), codes)
+    return compress(dense.view(values.dtype))
 
 
 def linear(x: Tensor, compressed: Tensor, bias: Tensor | None, algorithm: int = 0) -> Tensor:
@@ -28,11 +37,28 @@ def linear(x: Tensor, compressed: Tensor, bias: Tensor | None, algorithm: int = 
     return product[:M]
 
 
+def linear_8_bit(x: Tensor, x_scale: Tensor, compressed: Tensor, w_scale: Tensor, bias: Tensor | None) -> Tensor:
+    """Multiply in 8 bits by a compressed weight of x's dtype, int8 or float8_e4m3fn.
+
+    Args:
+        x: [M, K]. x_scale: [M] float32, w_scale: [N] float32, of rows.
+        bias: [N], of any floating dtype.
+
+    Returns:
+        [M, N] bfloat16; sums are rounded to bfloat16 before they are scaled.
+    """
+    M = x.shape[0]
+    product = torch._cslt_sparse_mm(compressed, _rows(x).t(), out_dtype=torch.bfloat16, transpose_result=True)[:M]
+    y = product * x_scale[:, None] * w_scale
+    return (y if bias is None else y + bias).to(torch.bfloat16)
+
+
 def search(x: Tensor, compressed: Tensor) -> int:
     """The fastest algorithm at x's shape. Waits for the GPU."""
     return int(torch._cslt_sparse_mm_search(compressed, _rows(x).t(), transpose_result=True))
 
 
 def _rows(x: Tensor) -> Tensor:
-    """x with rows of zeros up to a multiple of ROWS."""
-    return torch.nn.functional.pad(x.contiguous(), (0, 0, 0, -x.shape[0] % ROWS))
+    """x with rows of zeros up to a multiple of 8, of 8-bit types 16."""
+    missing = -x.shape[0] % (16 // x.itemsize)
+    return torch.cat([x, x.new_zeros(missing, x.shape[1])]) if missing else x.contiguous()

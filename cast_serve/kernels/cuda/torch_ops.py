@@ -1,10 +1,12 @@
 """torch.ops.cast24 on CUDA tensors: current stream, nothing waits for the GPU, so that calls can be captured in graphs.
 
     y = torch.ops.cast24.linear_cuda(x, fragments, metadata, compressed, out_features, bias=None)
+    y = torch.ops.cast24.linear_quantized_cuda(x, panels, compressed, out_features, bits, group_size, bias=None)
 
 `linear`, `linear_packed` and `linear_quantized` have the schemas that they have on the CPU, and take what `prepack` and
 `prepack_quantized` return there for CUDA tensors. linear_cuda also takes cuSPARSELt's copy of the weight, or None, and
-uses it where that is the fastest. All take x of any shape [..., K] and strides, rounded to a 16-bit type, and return
+uses it where that is the fastest; linear_quantized_cuda uses it for more than 64 rows of x, which it rounds to 8 bits
+then. All take x of any shape [..., K] and strides, rounded to a 16-bit type, and return
 x's dtype.
 """
 
@@ -13,8 +15,9 @@ from torch import Tensor
 
 from cast_serve.kernels.cuda import cusparselt
 from cast_serve.kernels.cuda.crossover import table
-from cast_serve.kernels.cuda.linear import check, expand, is_portable, prepack, small_m_linear
-from cast_serve.kernels.cuda.weight_only import weight_only_linear
+from cast_serve.kernels.cuda.linear import check, expand, is_portable, prepack, quantize_rows, small_m_linear
+from cast_serve.kernels.cuda.small_m import MAX_ROWS
+from cast_serve.kernels.cuda.weight_only import parts, weight_only_linear
 from conversion.errors import InputError
 
 
@@ -72,6 +75,19 @@ def linear_quantized(
     """As on the CPU, with what `weight_only.pack` returns, group_size 0 for one scale a row; x keeps its 16 bits."""
     if not sparse:
         raise RuntimeError("cast24::linear_quantized: dense quantized weights have no kernel on GPUs yet")
+    return linear_quantized_cuda(x, panels, None, out_features, bits, group_size, bias)
+
+
+def linear_quantized_cuda(
+    x: Tensor,
+    panels: Tensor,
+    compressed: Tensor | None,
+    out_features: int,
+    bits: int,
+    group_size: int,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """`linear_quantized`; `compressed` is cuSPARSELt's copy of an int8 or fp8 weight with one scale a row, or None."""
     if x.dim() < 1 or x.shape[-1] % 8 or x.shape[-1] == 0 or not x.is_floating_point():
         raise RuntimeError(
             f"cast24::linear_quantized: x must be floats [..., multiple of 8], not {list(x.shape)} {x.dtype}"
@@ -81,7 +97,12 @@ def linear_quantized(
     dtype = torch.float16 if x.dtype == torch.float16 else torch.bfloat16
     rows = x.reshape(-1, x.shape[-1]).to(dtype)
     bias = None if bias is None else bias.to(dtype).contiguous()
-    y = weight_only_linear(rows, panels, out_features, bits, group_size or None, bias)
+    if compressed is not None and rows.shape[0] > MAX_ROWS:
+        rounded, x_scale = quantize_rows(rows, compressed.dtype)
+        scale = parts(panels, out_features, x.shape[-1], bits, None).scale.flatten()[:out_features]
+        y = cusparselt.linear_8_bit(rounded, x_scale, compressed, scale, bias)
+    else:
+        y = weight_only_linear(rows, panels, out_features, bits, group_size or None, bias)
     return y.view(*x.shape[:-1], out_features).to(x.dtype)
 
 
@@ -107,6 +128,25 @@ def _define() -> None:
         metadata: Tensor,
         compressed: Tensor | None,
         out_features: int,
+        bias: Tensor | None = None,
+    ) -> Tensor:
+        return x.new_empty((*x.shape[:-1], out_features))
+
+    torch.library.define(
+        "cast24::linear_quantized_cuda",
+        "(Tensor x, Tensor panels, Tensor? compressed, int out_features, int bits, int group_size, Tensor? bias=None) "
+        "-> Tensor",
+    )
+    torch.library.impl("cast24::linear_quantized_cuda", "cuda")(linear_quantized_cuda)
+
+    @torch.library.register_fake("cast24::linear_quantized_cuda")
+    def _(
+        x: Tensor,
+        panels: Tensor,
+        compressed: Tensor | None,
+        out_features: int,
+        bits: int,
+        group_size: int,
         bias: Tensor | None = None,
     ) -> Tensor:
         return x.new_empty((*x.shape[:-1], out_features))
