@@ -59,15 +59,15 @@ def generate(model: Path, mode: str, prompts: list[str], tokens: int) -> dict[in
 def main(
     dense: Annotated[Path, typer.Argument(help="The 2:4 model stored dense, as `cast train` leaves it.")],
     packed: Annotated[Path, typer.Argument(help="The same model packed, not quantized.")],
-    heldout: Annotated[Path, typer.Option(help="Text whose documents begin the prompts.")],
+    text: Annotated[Path, typer.Option(help="Text whose documents begin the prompts.")],
     prompts: Annotated[int, typer.Option(help="How many.", min=1)] = 50,
     tokens: Annotated[int, typer.Option(help="Generated after each.", min=1)] = 32,
     mode: Annotated[list[str] | None, typer.Option(help="eager or compiled; default both.")] = None,
 ) -> None:
     """Exit with 1 if a single token differs."""
-    texts = [text[:CHARACTERS] for text in islice(read_documents([heldout]), prompts)]
+    texts = [document[:CHARACTERS] for document in islice(read_documents([text]), prompts)]
     if len(texts) < prompts:
-        raise InputError(f"{heldout} has {len(texts)} documents, and {prompts} prompts are asked for: give more text")
+        raise InputError(f"{text} has {len(texts)} documents, and {prompts} prompts are asked for: give more text")
     same = True
     for each in mode or ["eager", "compiled"]:
         found = []
