@@ -94,10 +94,6 @@ class Cast24Config(QuantizationConfig):
             return SparseLinearMethod(self, prefix)
         if isinstance(layer, VocabParallelEmbedding) and self.format.embedding is not None:
             _check_supported()
-            if not current_platform.is_cpu():
-                raise InputError(
-                    "a quantized embedding has kernels for CPUs only: convert the model again without --embedding"
-                )
             from cast_serve.vllm_plugin.embedding import QuantizedEmbeddingMethod
 
             return QuantizedEmbeddingMethod(self, self.format.embedding, prefix)

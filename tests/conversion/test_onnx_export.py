@@ -16,7 +16,7 @@ from conversion import save_packed
 from conversion.dense_model import dense_model
 from conversion.errors import InputError
 from conversion.fingerprint import source_fingerprint
-from conversion.onnx import export
+from conversion.onnx import GRAPH, export
 from conversion.packed_checkpoint import open_checkpoint
 from conversion.quantization.formats import FP8, INT4, INT8, Quantization
 from tests.conversion.models import CONFIGS, make_model
@@ -265,6 +265,7 @@ def test_the_manifest_tells_what_the_engine_needs(sparse_llama, tmp_path):
              for t in initializers(tmp_path / "onnx").values()}  # fmt: skip
     assert manifest == {
         "version": 1,
+        "graph": GRAPH,
         "pattern": "2:4",
         "value_dtype": "float32",
         "sparse_layers": 10,
