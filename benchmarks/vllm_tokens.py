@@ -15,6 +15,7 @@ import typer
 
 from benchmarks.command import run
 from conversion.errors import InputError
+from conversion.model_config import read_config
 from conversion.text import read_documents
 
 BATCHES = (1, 16)
@@ -38,7 +39,7 @@ def generate(model: Path, mode: str, prompts: list[str], tokens: int) -> dict[in
         str(model),
         dtype="float32",
         enforce_eager=mode == "eager",
-        max_model_len=512,
+        max_model_len=min(512, read_config(model).get("max_position_embeddings", 512)),
         max_num_seqs=BATCHES[-1],
         kv_cache_memory_bytes=600 << 20,
         enable_prefix_caching=False,
