@@ -18,6 +18,7 @@ from benchmarks.cpu.candidates import Candidate
 from benchmarks.cpu.job import Runtime
 from benchmarks.cpu.models import Sources
 from benchmarks.load.machine import available_cores, this_machine, warn_if_busy
+from benchmarks.random_models import random_models
 from benchmarks.shapes import SHAPES
 from conversion.atomic import new_directory
 from conversion.checkpoint import Checkpoint
@@ -139,7 +140,7 @@ def main(
             raise InputError("--random makes its own models: leave --dense and --sparse out")
         if random not in SHAPES:
             raise InputError(f"there is no shape '{random}': use one of {', '.join(SHAPES)}")
-        dense, sparse = models.random_models(work, SHAPES[random] | {"max_position_embeddings": 2048})
+        dense, sparse = random_models(work, SHAPES[random] | {"max_position_embeddings": 2048})
     elif dense is None or sparse is None:
         raise InputError("give --dense and --sparse, or --random")
     else:

@@ -53,13 +53,15 @@ def main(
 
     from benchmarks.cpu import measure, prompts, report
     from benchmarks.load.machine import available_cores, this_machine, warn_if_busy
+    from benchmarks.random_models import random_models
+    from benchmarks.shapes import SHAPES
     from conversion.progress import shown_progress
 
     console = Console(stderr=True, soft_wrap=True, highlight=False)
     if random:
         if dense or sparse or heldout or calibration:
             raise InputError("--random makes its own models: leave --dense, --sparse, --heldout and --calibration out")
-        dense, sparse = models.random_models(work, models.TINYLLAMA)
+        dense, sparse = random_models(work, SHAPES["1b"] | {"max_position_embeddings": 2048})
     elif dense is None or sparse is None or heldout is None:
         raise InputError("give --dense, --sparse and --heldout, or --random")
     sources = models.Sources(dense, sparse, tuple(calibration or ()), work)

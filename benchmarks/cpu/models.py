@@ -4,13 +4,11 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from benchmarks.shapes import SHAPES
-from conversion.atomic import new_directory, write_text
+from benchmarks.random_models import save_model
+from conversion.atomic import write_text
 from conversion.checkpoint import Checkpoint
 from conversion.dense_model import dense_model
 from conversion.errors import InputError
@@ -18,11 +16,8 @@ from conversion.fingerprint import source_fingerprint
 from conversion.onnx import GRAPH, export
 from conversion.onnx.dense_nbits import DenseQuantization
 from conversion.pack import save_packed
-from conversion.progress import without_transformers_bars
 from conversion.quantization.formats import Quantization
 
-TINYLLAMA = SHAPES["1b"] | {"max_position_embeddings": 2048}
-"""The shape of TinyLlama 1.1B."""
 _SOURCES = "sources.json"
 
 
@@ -67,21 +62,6 @@ def check_work(sources: Sources) -> None:
     write_text(record, json.dumps(found, indent=1) + "\n")
 
 
-def random_models(work: Path, config: dict[str, Any]) -> tuple[Path, Path]:
-    """Make a random Llama in bfloat16 and its 2:4 version by magnitude, unless both are there; return where."""
-    dense, sparse = work / "dense", work / "sparse"
-    if not (dense.exists() and sparse.exists()):
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(LlamaConfig(**config), dtype=torch.bfloat16)
-        _save(model, dense)
-        with torch.no_grad():
-            for name in Checkpoint(dense).scope:
-                groups = model.get_parameter(name).view(-1, 4)
-                groups.scatter_(1, groups.abs().topk(2, largest=False).indices, 0.0)
-        _save(model, sparse)
-    return dense, sparse
-
-
 def dense_float32(sources: Sources, out: Path) -> None:
     export(sources.dense, out)
 
@@ -101,7 +81,7 @@ def sparse_bfloat16(sources: Sources, out: Path) -> None:
         export(sources.sparse, out)
         return
     rounded = sources.work / "sparse-bfloat16"
-    _save(dense_model(source, torch.bfloat16), rounded)
+    save_model(dense_model(source, torch.bfloat16), rounded)
     export(rounded, out)
 
 
@@ -134,9 +114,3 @@ def weight_bytes(model: Path) -> int:
     """Bytes on disk: a GGUF file's, an ONNX directory's graph and weights, a Hugging Face directory's shards."""
     files: Sequence[Path] = [model] if model.is_file() else [*model.glob("model.onnx*"), *model.glob("*.safetensors")]
     return sum(file.stat().st_size for file in files)
-
-
-def _save(model: PreTrainedModel, out: Path) -> None:
-    if not out.exists():
-        with new_directory(out) as building, without_transformers_bars():
-            model.save_pretrained(building)

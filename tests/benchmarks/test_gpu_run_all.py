@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,11 @@ def test_steps_are_limited_and_do_not_harm_each_other(tmp_path: Path, monkeypatc
     assert records["works"]["results"] == {"numbers.json": ["--fast", "--json", str(tmp_path / "out" / "works")]}
     monkeypatch.setattr(run_all, "_WORTHWHILE_S", 100)
     assert run_steps(steps[:1], tmp_path / "out", {}, total_s=60)["fails"]["status"].startswith("left out")
+
+
+def test_steps_whose_package_is_missing_are_left_out(tmp_path: Path) -> None:
+    records = run_steps([Step("serves", 20, "json.tool", package="no_such_package")], tmp_path, {}, total_s=60)
+    assert records["serves"]["status"] == "left out: no_such_package is not installed"
 
 
 def test_steps_get_what_they_take_and_are_left_out_without_what_they_need(
@@ -103,7 +109,11 @@ def test_all_steps_in_miniature_quality_over_several_calls(tmp_path: Path) -> No
     subprocess.run(run_all, check=True, capture_output=True, **options)
     (written,) = out.glob("*.json")
     steps = json.loads(written.read_text())["steps"]
-    assert {name: step["status"] for name, step in steps.items()} == dict.fromkeys((s.name for s in STEPS), "ok")
+    missing = {step.name: step.package for step in STEPS if step.package and find_spec(step.package) is None}
+    assert {name: step["status"] for name, step in steps.items()} == {
+        step.name: f"left out: {missing[step.name]} is not installed" if step.name in missing else "ok"
+        for step in STEPS
+    }
     assert f"continuing from {checkpoint}" in next(out.glob("*/quality.log")).read_text()
     (table,) = (value for name, value in steps["quality"]["results"].items() if name.endswith("gpu-quality.json"))
     assert [cell["variant"] for cell in table["cells"]] == ["dense", "cast", "ast"]

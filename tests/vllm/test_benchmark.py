@@ -1,4 +1,5 @@
-"""The worker of `python -m benchmarks.vllm_cpu`, and `python -m benchmarks.vllm_tokens`."""
+"""The worker of `python -m benchmarks.vllm_cpu`, `python -m benchmarks.vllm_tokens`, and what
+a GPU is to run."""
 
 import json
 import subprocess
@@ -10,6 +11,7 @@ import typer
 
 from benchmarks import vllm_tokens
 from benchmarks.cpu.job import Job, Turn
+from benchmarks.gpu import serving
 from conversion.errors import InputError
 from tests.vllm.checkpoints import Checkpoints
 
@@ -25,6 +27,16 @@ def test_a_turn_in_vllm(checkpoints: Checkpoints) -> None:
     assert turn.speeds[2].decoded_tokens == 10
     assert turn.weight_memory is not None
     assert turn.about.startswith("vLLM ")
+
+
+@pytest.mark.slow
+def test_serving_is_rehearsed(tmp_path: Path) -> None:
+    with pytest.raises(typer.Exit):
+        serving.main(tmp_path, tokens=5, tiny=True)
+    forms = json.loads((tmp_path / "serving.json").read_text())["forms"]
+    assert set(forms) == {serving.DENSE, *serving.FORMS}
+    assert all(set(form["tokens_per_s"]) == {"1", "16"} for form in forms.values()), forms
+    assert forms["packed bf16"]["same_as_dense"] > 0.5
 
 
 @pytest.mark.slow
