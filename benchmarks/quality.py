@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from benchmarks.command import run
+from conversion.command import run
 from conversion.errors import InputError
 
 if TYPE_CHECKING:

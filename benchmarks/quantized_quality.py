@@ -23,7 +23,6 @@ from rich.console import Console
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from benchmarks.command import run
 from benchmarks.load.machine import this_machine
 from cast_train.evaluation.evaluate import versions
 from cast_train.evaluation.perplexity import score_windows
@@ -31,6 +30,7 @@ from cast_train.evaluation.windows import heldout_windows
 from cast_train.run import source_hash
 from conversion.atomic import write_text
 from conversion.checkpoint import Checkpoint
+from conversion.command import run
 from conversion.dense_model import context_length, dense_model
 from conversion.errors import InputError
 from conversion.quantization.calibrated import calibration_sequences, scope_modules

@@ -19,8 +19,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from benchmarks.command import run
 from benchmarks.markdown import markdown_table
+from conversion.command import run
 from conversion.errors import InputError
 
 ROOT = Path(__file__).parents[1]

@@ -12,7 +12,6 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks.command import run
 from benchmarks.cpu import measure, models, prompts, report
 from benchmarks.cpu.candidates import Candidate
 from benchmarks.cpu.job import Runtime
@@ -22,6 +21,7 @@ from benchmarks.random_models import random_models
 from benchmarks.shapes import SHAPES
 from conversion.atomic import new_directory
 from conversion.checkpoint import Checkpoint
+from conversion.command import run
 from conversion.errors import InputError
 from conversion.pack import save_packed
 from conversion.progress import shown_progress

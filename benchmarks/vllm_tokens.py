@@ -13,7 +13,8 @@ from typing import Annotated
 
 import typer
 
-from benchmarks.command import run
+from benchmarks.vllm_environment import ENVIRONMENT
+from conversion.command import run
 from conversion.errors import InputError
 from conversion.model_config import read_config
 from conversion.text import read_documents
@@ -21,18 +22,11 @@ from conversion.text import read_documents
 BATCHES = (1, 16)
 CHARACTERS = 120
 """Of a prompt."""
-ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_USE_AOT_COMPILE": "0",
-    "VLLM_LOGGING_LEVEL": "ERROR",
-    "HF_HUB_OFFLINE": "1",
-}
 
 
 def generate(model: Path, mode: str, prompts: list[str], tokens: int) -> dict[int, list[list[int]]]:
     """Token ids after each prompt, by batch size. Reads the environment's settings, so it needs a new process."""
-    os.environ |= ENVIRONMENT
+    os.environ |= ENVIRONMENT | {"HF_HUB_OFFLINE": "1"}
     from vllm import LLM, SamplingParams
 
     llm = LLM(

@@ -1,11 +1,10 @@
 """The `cast` command: assembles the commands that the packages register, and turns InputError into one sentence."""
 
-import sys
 from importlib.metadata import entry_points
 
 import typer
 
-from conversion.errors import InputError, Interrupted
+from conversion.command import run
 
 COMMANDS = "cast.commands"
 # What serve does not know goes on to the engine.
@@ -28,14 +27,7 @@ def build_app() -> typer.Typer:
 
 
 def main() -> None:
-    try:
-        build_app()()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except Interrupted as stop:
-        print(stop, file=sys.stderr)
-        sys.exit(Interrupted.status)
+    run(lambda: build_app()())
 
 
 if __name__ == "__main__":

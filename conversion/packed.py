@@ -102,7 +102,9 @@ def bitmask_nibbles(bitmask: Tensor) -> Tensor:
 
 def kept_columns(bitmask: Tensor) -> Tensor:
     """The mask [N, K] bool, True where kept, of a bitmask [N, K/8]; InputError on an invalid nibble."""
-    return _BITS[bitmask_nibbles(bitmask).int()].flatten(1)
+    check_bitmask(bitmask)
+    columns = bitmask[:, :, None] >> torch.arange(8, dtype=torch.uint8, device=bitmask.device) & 1
+    return columns.flatten(1).bool()
 
 
 def _to_nibbles(columns: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from benchmarks.command import run
+from conversion.command import run
 from conversion.errors import InputError
 
 RESULTS = Path(__file__).parents[1] / "results"

@@ -16,13 +16,13 @@ from typing import Annotated
 
 import typer
 
-from benchmarks.command import run
 from benchmarks.cpu.candidates import chosen
 from benchmarks.cpu.models import Sources
 from benchmarks.cpu.step_times import PARTS, StepTimes, step_times
 from benchmarks.load.machine import available_cores, this_machine, warn_if_busy
 from benchmarks.markdown import markdown_table
 from conversion.atomic import write_text
+from conversion.command import run
 from conversion.errors import InputError
 from conversion.progress import shown_progress
 

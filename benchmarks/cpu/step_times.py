@@ -3,7 +3,7 @@
 import json
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -177,7 +177,7 @@ def _runs(events: list[dict[str, Any]]) -> list[dict[str, float]]:
     return found
 
 
-def _by_part(seconds: Any) -> dict[str, float]:
+def _by_part(seconds: Iterable[tuple[Weight, float]]) -> dict[str, float]:
     sums: dict[str, float] = {}
     for weight, each in seconds:
         sums[weight.part] = sums.get(weight.part, 0.0) + each

@@ -6,14 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# Before vLLM is imported: one process, all cores, and nothing but the answer on standard output.
-os.environ |= {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_USE_AOT_COMPILE": "0",
-    "VLLM_LOGGING_LEVEL": "ERROR",
-    "VLLM_LOGGING_STREAM": "ext://sys.stderr",
-}
+from benchmarks.vllm_environment import ENVIRONMENT
+
+# Nothing but the answer on standard output.
+os.environ |= ENVIRONMENT | {"VLLM_LOGGING_STREAM": "ext://sys.stderr"}
 
 import vllm
 from vllm import LLM, SamplingParams

@@ -15,14 +15,17 @@ from typing import Annotated, Any
 import torch
 import typer
 from torch import Tensor, nn
+from transformers import LlamaConfig
 
-from benchmarks.gpu.decoder import SHAPES, Decoder, MakeLinear, Shape
+from benchmarks.gpu.decoder import Decoder, MakeLinear
+from benchmarks.gpu.kernel_checks import QuantizedWeight
+from benchmarks.shapes import SHAPES
 from cast_serve.kernels.cuda.layout import from_fragments
 from cast_serve.kernels.cuda.measurement import Weight
 from cast_serve.kernels.cuda.timing import copy_bandwidth, seconds_per_call
 from cast_serve.torch_model.gpu_linear import GpuQuantizedLinear, GpuSparseLinear
 from cast_serve.torch_model.modules import PackedLinear, QuantizedLinear, SparseLinear
-from conversion.quantization.formats import FP8, INT4, INT8, ValueFormat, encode
+from conversion.quantization.formats import FP8, INT4, INT8, ValueFormat
 
 DTYPE = torch.bfloat16
 BATCHES = [1, 8, 32]
@@ -54,12 +57,9 @@ def sparse(device: torch.device, N: int, K: int) -> PackedLinear:
 
 
 def quantized(device: torch.device, N: int, K: int, *, values: ValueFormat, group_size: int | None) -> PackedLinear:
-    weight = Weight(N, K, torch.float8_e4m3fn if values is FP8 else torch.int8, device)
-    codes, bitmask = from_fragments(*weight.packed, N, K)
-    stored = encode((codes.float() / 16).round().clamp(-8, 7), INT4) if values is INT4 else codes
-    scale = torch.rand(N, 1 if group_size is None else -(-K // group_size), device=device) / K
+    weight = QuantizedWeight(N, K, values, group_size, device)
     linear = (GpuQuantizedLinear if device.type == "cuda" else QuantizedLinear)(K, N, bias=False)
-    linear.pack(stored, bitmask, scale, group_size, float_activations=True)
+    linear.pack(weight.stored, weight.bitmask, weight.scale / K, group_size, float_activations=True)
     return linear
 
 
@@ -103,7 +103,7 @@ def step_seconds(decoder: Decoder, batch: int, position: int) -> float:
     return time.perf_counter() - start
 
 
-def measure(name: str, shape: Shape, batches: list[int], context: int, device: torch.device) -> dict[str, Any]:
+def measure(name: str, shape: LlamaConfig, batches: list[int], context: int, device: torch.device) -> dict[str, Any]:
     """Step times of one form, by batch size."""
     decoder = Decoder(shape, copies_of_one(partial(FORMS[name], device)), context + 1, device, DTYPE)
     if device.type == "cuda":
@@ -123,6 +123,7 @@ def main(
     """Measure decoding, form after form; a form that fails is named and the next one begun."""
     torch.manual_seed(0)
     device = torch.device("cpu" if tiny else "cuda")
+    config = LlamaConfig(**SHAPES["tiny" if tiny else shape])
     on_cpu = [name for name in FORMS if "fp8" not in name]
     bandwidth = 0.0 if tiny else copy_bandwidth()
     found: dict[str, Any] = {}
@@ -130,7 +131,7 @@ def main(
     with torch.inference_mode():
         for name in form or (on_cpu if tiny else list(FORMS)):
             try:
-                found[name] = measure(name, SHAPES["tiny" if tiny else shape], BATCHES, 8 if tiny else context, device)
+                found[name] = measure(name, config, BATCHES, 8 if tiny else context, device)
             except Exception as failure:  # a compiler has many; the other forms must still run
                 found[name] = {"failure": f"{type(failure).__name__}: {failure}"[:2000]}
                 failed = True

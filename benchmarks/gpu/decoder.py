@@ -5,39 +5,15 @@ products and not the launches of a framework.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
+from transformers import LlamaConfig
 
 MakeLinear = Callable[[int, int], nn.Module]
 """out_features, in_features -> a linear without bias, of random weights."""
-EPSILON = 1e-5
 THETA = 500000.0
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Sizes of a Llama."""
-
-    hidden: int
-    intermediate: int
-    layers: int
-    heads: int
-    kv_heads: int
-    vocabulary: int
-
-    @property
-    def head(self) -> int:
-        return self.hidden // self.heads
-
-
-SHAPES = {
-    "8b": Shape(4096, 14336, 32, 32, 8, 128256),  # Llama 3.1
-    "1b": Shape(2048, 5632, 22, 32, 4, 32000),  # TinyLlama
-    "tiny": Shape(64, 192, 2, 4, 2, 128),
-}
 
 
 class Block(nn.Module):
@@ -45,32 +21,36 @@ class Block(nn.Module):
 
     cache: Tensor
 
-    def __init__(self, shape: Shape, linear: MakeLinear, batch: int, length: int, options: dict[str, object]) -> None:
+    def __init__(
+        self, config: LlamaConfig, linear: MakeLinear, batch: int, length: int, options: dict[str, object]
+    ) -> None:
         super().__init__()
-        self.shape = shape
-        self.qkv = linear((shape.heads + 2 * shape.kv_heads) * shape.head, shape.hidden)
-        self.o = linear(shape.hidden, shape.hidden)
-        self.gate_up = linear(2 * shape.intermediate, shape.hidden)
-        self.down = linear(shape.hidden, shape.intermediate)
-        self.norms = nn.Parameter(torch.ones(2, shape.hidden, **options))  # type: ignore[call-overload]
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads or config.num_attention_heads
+        self.head, self.epsilon = config.hidden_size // config.num_attention_heads, config.rms_norm_eps
+        hidden, intermediate = config.hidden_size, config.intermediate_size
+        self.qkv = linear((self.heads + 2 * self.kv_heads) * self.head, hidden)
+        self.o = linear(hidden, hidden)
+        self.gate_up = linear(2 * intermediate, hidden)
+        self.down = linear(hidden, intermediate)
+        self.norms = nn.Parameter(torch.ones(2, hidden, **options))  # type: ignore[call-overload]
         self.set_batch(batch, length, options)
 
     def set_batch(self, batch: int, length: int, options: dict[str, object]) -> None:
         """Make room for `length` tokens of `batch` sequences."""
-        sizes = (2, batch, self.shape.kv_heads, length, self.shape.head)
+        sizes = (2, batch, self.kv_heads, length, self.head)
         self.register_buffer("cache", torch.zeros(sizes, **options), persistent=False)  # type: ignore[call-overload]
 
     def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], position: int) -> Tensor:
-        shape, batch = self.shape, x.shape[0]
-        qkv = self.qkv(rms_norm(x, x.shape[-1:], self.norms[0], EPSILON)).view(batch, -1, shape.head)
-        q, k, v = qkv.split([shape.heads, shape.kv_heads, shape.kv_heads], dim=1)
+        batch = x.shape[0]
+        qkv = self.qkv(rms_norm(x, x.shape[-1:], self.norms[0], self.epsilon)).view(batch, -1, self.head)
+        q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
         self.cache[0, :, :, position] = rotated(k, rotation)
         self.cache[1, :, :, position] = v
         keys, values = self.cache[:, :, :, : position + 1]
         q = rotated(q, rotation)[:, :, None]
         attended = scaled_dot_product_attention(q, keys, values, enable_gqa=True)
         x = x + self.o(attended.reshape(batch, -1))
-        gate, up = self.gate_up(rms_norm(x, x.shape[-1:], self.norms[1], EPSILON)).chunk(2, dim=-1)
+        gate, up = self.gate_up(rms_norm(x, x.shape[-1:], self.norms[1], self.epsilon)).chunk(2, dim=-1)
         y: Tensor = x + self.down(silu(gate) * up)
         return y
 
@@ -78,14 +58,20 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     """Token ids [B] -> the next ones [B]. Embedding and lm_head are dense, and not tied."""
 
-    def __init__(self, shape: Shape, linear: MakeLinear, length: int, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, config: LlamaConfig, linear: MakeLinear, length: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
         super().__init__()
+        self.epsilon = config.rms_norm_eps
         self.length, self.options = length, {"device": device, "dtype": dtype}
-        self.embedding = nn.Parameter(torch.randn(shape.vocabulary, shape.hidden, **self.options))  # type: ignore[call-overload]
-        self.lm_head = nn.Parameter(torch.randn(shape.vocabulary, shape.hidden, **self.options))  # type: ignore[call-overload]
-        self.norm = nn.Parameter(torch.ones(shape.hidden, **self.options))  # type: ignore[call-overload]
-        self.blocks = nn.ModuleList(Block(shape, linear, 1, length, self.options) for _ in range(shape.layers))
-        frequencies = THETA ** -(torch.arange(0, shape.head, 2, device=device) / shape.head)
+        self.embedding = nn.Parameter(torch.randn(config.vocab_size, config.hidden_size, **self.options))  # type: ignore[call-overload]
+        self.lm_head = nn.Parameter(torch.randn(config.vocab_size, config.hidden_size, **self.options))  # type: ignore[call-overload]
+        self.norm = nn.Parameter(torch.ones(config.hidden_size, **self.options))  # type: ignore[call-overload]
+        self.blocks = nn.ModuleList(
+            Block(config, linear, 1, length, self.options) for _ in range(config.num_hidden_layers)
+        )
+        head = config.hidden_size // config.num_attention_heads
+        frequencies = THETA ** -(torch.arange(0, head, 2, device=device) / head)
         angles = torch.arange(length, device=device)[:, None] * frequencies.repeat(2)
         self.rotations = [(angle.cos().to(dtype), angle.sin().to(dtype)) for angle in angles]
         self.requires_grad_(False)
@@ -103,7 +89,7 @@ class Decoder(nn.Module):
         x = self.embedding[ids]
         for block in self.blocks:
             x = block(x, self.rotations[position], position)
-        return torch.nn.functional.linear(rms_norm(x, x.shape[-1:], self.norm, EPSILON), self.lm_head)
+        return torch.nn.functional.linear(rms_norm(x, x.shape[-1:], self.norm, self.epsilon), self.lm_head)
 
 
 def rotated(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:

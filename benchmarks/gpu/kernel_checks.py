@@ -1,7 +1,7 @@
 """What the GPU kernels compute, against float64, at odd shapes; and where in a tile they are wrong, should they be."""
 
 from collections.abc import Callable
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 from cast_serve.kernels.cuda import cusparselt, weight_only
 from cast_serve.kernels.cuda.layout import from_fragments
 from cast_serve.kernels.cuda.measurement import Gpu, Weight, random_values
-from conversion.quantization.formats import FP8, INT4, INT8, ValueFormat
+from conversion.quantization.formats import FP8, INT4, INT8, ValueFormat, encode
 
 SHAPES = [
     *[(1, 16, 64), (1, 1, 8), (3, 24, 72), (8, 136, 1032), (9, 40, 200), (16, 330, 576), (17, 576, 1536)],
@@ -56,18 +56,27 @@ def expand_error(machine: Gpu, M: int, N: int, K: int, dtype: torch.dtype) -> fl
 
 
 class QuantizedWeight:
-    """A random quantized 2:4 weight [N, K], made on the device: packed, and dense as float32."""
+    """A random quantized 2:4 weight [N, K], made on the device.
+
+    Attributes:
+        stored, bitmask, scale: of the portable format.
+        dense: float32.
+    """
 
     def __init__(self, N: int, K: int, values: ValueFormat, group_size: int | None, device: torch.device) -> None:
         weight = Weight(N, K, torch.int8 if values is INT4 else values.dtype, device)
-        codes, bitmask = from_fragments(*weight.packed, N, K)
-        dense, stored = weight.dense, codes
+        self.stored, self.bitmask = from_fragments(*weight.packed, N, K)
+        self.scale = torch.rand(N, 1 if group_size is None else -(-K // group_size), device=device) + 0.1
+        dense = weight.dense
         if values is INT4:
-            codes, dense = (codes.float() / 16).round().clamp(-8, 7).to(torch.int8), (dense / 16).round().clamp(-8, 7)
-            stored = (codes[:, 0::2] & 15 | codes[:, 1::2] << 4).view(torch.uint8)
-        scale = torch.rand(N, 1 if group_size is None else -(-K // group_size), device=device) + 0.1
-        self.dense = dense * scale.repeat_interleave(group_size or K, 1)[:, :K]
-        self.packed = weight_only.pack(stored, bitmask, scale, group_size)
+            codes, dense = ((each.float() / 16).round().clamp(-8, 7) for each in (self.stored, dense))
+            self.stored = encode(codes, INT4)
+        self.dense = dense * self.scale.repeat_interleave(group_size or K, 1)[:, :K]
+        self.group_size = group_size
+
+    @cached_property
+    def packed(self) -> Tensor:
+        return weight_only.pack(self.stored, self.bitmask, self.scale, self.group_size)
 
 
 def weight_only_error(

@@ -13,11 +13,11 @@ import torch
 import typer
 
 from benchmarks import quality
-from benchmarks.command import run
 from cast_train.config import CONFIGS
 from cast_train.devices import accelerator_key
 from cast_train.health import read_metrics
 from cast_train.plan import make_plan
+from conversion.command import run
 
 SETTINGS = (
     "batch_tokens=65536",

@@ -29,10 +29,8 @@ FORMS: dict[str, Callable[[Path, Path], object]] = {
 }
 DENSE = "dense bf16"
 BATCHES = (1, 16)
-TINY = SHAPES["tiny"] | {
-    "hidden_size": 128,
-    "max_position_embeddings": 256,
-}  # attention has no smaller heads
+TINY = SHAPES["tiny"] | {"hidden_size": 128, "max_position_embeddings": 256}
+"""Attention has no kernels for smaller heads."""
 
 
 def generate(model: Path, prompts: list[list[int]], tokens: int, options: dict[str, Any]) -> dict[str, Any]:

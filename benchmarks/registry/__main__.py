@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from benchmarks.command import run
+from conversion.command import run
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 Out = Annotated[Path, typer.Argument(help="Directory to write into.")]

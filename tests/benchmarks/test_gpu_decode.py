@@ -12,27 +12,19 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.gpu import decode
-from benchmarks.gpu.decoder import EPSILON, SHAPES, THETA, Decoder
+from benchmarks.gpu.decoder import THETA, Decoder
+from benchmarks.shapes import SHAPES
 from cast_serve.torch_model.modules import PackedLinear
 
 CPU = torch.device("cpu")
 
 
 def test_it_is_a_llama() -> None:
-    shape = SHAPES["tiny"]
-    config = LlamaConfig(
-        vocab_size=shape.vocabulary,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.intermediate,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        rope_parameters={"rope_type": "default", "rope_theta": THETA},
-        rms_norm_eps=EPSILON,
-        tie_word_embeddings=False,
-    )
+    sizes = SHAPES["tiny"] | {"num_key_value_heads": 2}
+    rope = {"rope_type": "default", "rope_theta": THETA}
+    config = LlamaConfig(**sizes, rope_parameters=rope, tie_word_embeddings=False)
     llama = LlamaForCausalLM(config).eval()
-    decoder = Decoder(shape, lambda N, K: nn.Linear(K, N, bias=False), 12, CPU, torch.float32)
+    decoder = Decoder(config, lambda N, K: nn.Linear(K, N, bias=False), 12, CPU, torch.float32)
     with torch.no_grad():
         decoder.embedding.copy_(llama.model.embed_tokens.weight)
         decoder.lm_head.copy_(llama.lm_head.weight)
@@ -43,7 +35,7 @@ def test_it_is_a_llama() -> None:
             ours.o.weight.copy_(attention.o_proj.weight)
             ours.gate_up.weight.copy_(torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]))
             ours.down.weight.copy_(mlp.down_proj.weight)
-        ids = torch.randint(shape.vocabulary, (3, 12))
+        ids = torch.randint(config.vocab_size, (3, 12))
         expected = llama(ids).logits
         decoder.set_batch(3)
         logits = torch.stack([decoder.logits(ids[:, i], i) for i in range(12)], dim=1)

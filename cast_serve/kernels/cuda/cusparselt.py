@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from conversion.packed import unpack24
+
 
 def available() -> bool:
     return torch.cuda.is_available() and torch.backends.cusparselt.is_available()
@@ -24,9 +26,7 @@ def compress(dense: Tensor) -> Tensor:
 
 def compress_codes(values: Tensor, bitmask: Tensor) -> Tensor:
     """`compress` a weight of kept values [N, K/2], int8 or float8_e4m3fn, and bitmask [N, K/8]."""
-    bits = bitmask[:, :, None] >> torch.arange(8, dtype=torch.uint8, device=bitmask.device) & 1
-    codes = values.view(torch.int8)
-    dense = codes.new_zeros(codes.shape[0], 2 * codes.shape[1]).masked_scatter_(bits.flatten(1).bool(), codes)
+    dense = unpack24(values.view(torch.int8), bitmask)  # not every operation takes 8-bit floats
     return compress(dense.view(values.dtype))
 
 

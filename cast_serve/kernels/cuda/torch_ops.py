@@ -10,6 +10,9 @@ then. All take x of any shape [..., K] and strides, rounded to a 16-bit type, an
 x's dtype.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -113,43 +116,26 @@ def register() -> None:
     torch.library.impl("cast24::linear_packed", "cuda")(linear_packed)
 
 
-def _define() -> None:
-    torch.library.define(
-        "cast24::linear_cuda",
-        "(Tensor x, Tensor fragments, Tensor metadata, Tensor? compressed, int out_features, Tensor? bias=None) "
-        "-> Tensor",
-    )
-    torch.library.impl("cast24::linear_cuda", "cuda")(linear_cuda)
+def _define(name: str, arguments: str, function: Callable[..., Tensor], out_features: int) -> None:
+    """Define an operator that only GPUs have; `out_features` is the place of that argument, y's last axis."""
+    torch.library.define(f"cast24::{name}", f"({arguments}) -> Tensor")
+    torch.library.impl(f"cast24::{name}", "cuda")(function)
 
-    @torch.library.register_fake("cast24::linear_cuda")
-    def _(
-        x: Tensor,
-        fragments: Tensor,
-        metadata: Tensor,
-        compressed: Tensor | None,
-        out_features: int,
-        bias: Tensor | None = None,
-    ) -> Tensor:
-        return x.new_empty((*x.shape[:-1], out_features))
-
-    torch.library.define(
-        "cast24::linear_quantized_cuda",
-        "(Tensor x, Tensor panels, Tensor? compressed, int out_features, int bits, int group_size, Tensor? bias=None) "
-        "-> Tensor",
-    )
-    torch.library.impl("cast24::linear_quantized_cuda", "cuda")(linear_quantized_cuda)
-
-    @torch.library.register_fake("cast24::linear_quantized_cuda")
-    def _(
-        x: Tensor,
-        panels: Tensor,
-        compressed: Tensor | None,
-        out_features: int,
-        bits: int,
-        group_size: int,
-        bias: Tensor | None = None,
-    ) -> Tensor:
-        return x.new_empty((*x.shape[:-1], out_features))
+    @torch.library.register_fake(f"cast24::{name}")
+    def _(*given: Any) -> Tensor:
+        fake: Tensor = given[0].new_empty((*given[0].shape[:-1], given[out_features]))
+        return fake
 
 
-_define()
+_define(
+    "linear_cuda",
+    "Tensor x, Tensor fragments, Tensor metadata, Tensor? compressed, int out_features, Tensor? bias=None",
+    linear_cuda,
+    out_features=4,
+)
+_define(
+    "linear_quantized_cuda",
+    "Tensor x, Tensor panels, Tensor? compressed, int out_features, int bits, int group_size, Tensor? bias=None",
+    linear_quantized_cuda,
+    out_features=3,
+)

@@ -1,4 +1,4 @@
-"""How the benchmarks' commands end on what the user got wrong: as `cast` does, with one sentence."""
+"""How commands end on what the user got wrong, or on being stopped: with one sentence."""
 
 import sys
 from collections.abc import Callable
@@ -7,7 +7,7 @@ from conversion.errors import InputError, Interrupted
 
 
 def run(command: Callable[[], object]) -> None:
-    """Run a command of typer; exits with 2 after an InputError, with its own status after Interrupted."""
+    """Run a command; exits with 2 after an InputError, with its own status after Interrupted."""
     try:
         command()
     except InputError as error:
