@@ -1,7 +1,7 @@
 """`python -m benchmarks.gpu.decode`: tokens/s of a whole model on this GPU, dense and 2:4.
 
 A decoding step of a Llama of random weights, its blocks compiled by torch, captured in a CUDA graph and replayed, as
-serving engines do it. Embedding and lm_head are dense bfloat16 in every form.
+serving engines do it. Embedding and lm_head are dense bfloat16 unless a form's name says more of lm_head.
 """
 
 import copy
@@ -63,14 +63,25 @@ def quantized(device: torch.device, N: int, K: int, *, values: ValueFormat, grou
     return linear
 
 
-FORMS: dict[str, Callable[[torch.device, int, int], nn.Module]] = {
-    "dense bf16": dense,
-    "2:4 bf16": sparse,
-    "2:4 fp8": partial(quantized, values=FP8, group_size=None),
-    "2:4 int8": partial(quantized, values=INT8, group_size=None),
-    "2:4 int4 g128": partial(quantized, values=INT4, group_size=128),
-    "dense fp8 (cuBLAS)": DenseFp8,
+def dense_int8(device: torch.device, N: int, K: int) -> PackedLinear:
+    codes = torch.randint(-127, 128, (N, K), dtype=torch.int8, device=device)
+    linear = QuantizedLinear(K, N, bias=False)
+    linear.pack(codes, None, torch.full((N, 1), 1 / 127 / K, device=device), None, float_activations=True)
+    return linear
+
+
+MakeOnDevice = Callable[[torch.device, int, int], nn.Module]
+sparse_int4 = partial(quantized, values=INT4, group_size=128)
+FORMS: dict[str, tuple[MakeOnDevice, MakeOnDevice]] = {
+    "dense bf16": (dense, dense),
+    "2:4 bf16": (sparse, dense),
+    "2:4 fp8": (partial(quantized, values=FP8, group_size=None), dense),
+    "2:4 int8": (partial(quantized, values=INT8, group_size=None), dense),
+    "2:4 int4 g128": (sparse_int4, dense),
+    "2:4 int4 g128, int8 lm_head": (sparse_int4, dense_int8),
+    "dense fp8 (cuBLAS)": (DenseFp8, dense),
 }
+"""The linears of the blocks, and lm_head."""
 
 
 def copies_of_one(make: MakeLinear) -> MakeLinear:
@@ -105,7 +116,10 @@ def step_seconds(decoder: Decoder, batch: int, position: int) -> float:
 
 def measure(name: str, shape: LlamaConfig, batches: list[int], context: int, device: torch.device) -> dict[str, Any]:
     """Step times of one form, by batch size."""
-    decoder = Decoder(shape, copies_of_one(partial(FORMS[name], device)), context + 1, device, DTYPE)
+    linear, lm_head = FORMS[name]
+    decoder = Decoder(
+        shape, copies_of_one(partial(linear, device)), partial(lm_head, device), context + 1, device, DTYPE
+    )
     if device.type == "cuda":
         for block in decoder.blocks:
             block.compile(dynamic=False)

@@ -56,16 +56,22 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Token ids [B] -> the next ones [B]. Embedding and lm_head are dense, and not tied."""
+    """Token ids [B] -> the next ones [B]. Embedding and lm_head are not tied; the embedding is dense."""
 
     def __init__(
-        self, config: LlamaConfig, linear: MakeLinear, length: int, device: torch.device, dtype: torch.dtype
+        self,
+        config: LlamaConfig,
+        linear: MakeLinear,
+        lm_head: MakeLinear,
+        length: int,
+        device: torch.device,
+        dtype: torch.dtype,
     ) -> None:
         super().__init__()
         self.epsilon = config.rms_norm_eps
         self.length, self.options = length, {"device": device, "dtype": dtype}
         self.embedding = nn.Parameter(torch.randn(config.vocab_size, config.hidden_size, **self.options))  # type: ignore[call-overload]
-        self.lm_head = nn.Parameter(torch.randn(config.vocab_size, config.hidden_size, **self.options))  # type: ignore[call-overload]
+        self.lm_head = lm_head(config.vocab_size, config.hidden_size)
         self.norm = nn.Parameter(torch.ones(config.hidden_size, **self.options))  # type: ignore[call-overload]
         self.blocks = nn.ModuleList(
             Block(config, linear, 1, length, self.options) for _ in range(config.num_hidden_layers)
@@ -89,7 +95,8 @@ class Decoder(nn.Module):
         x = self.embedding[ids]
         for block in self.blocks:
             x = block(x, self.rotations[position], position)
-        return torch.nn.functional.linear(rms_norm(x, x.shape[-1:], self.norm, self.epsilon), self.lm_head)
+        logits: Tensor = self.lm_head(rms_norm(x, x.shape[-1:], self.norm, self.epsilon))
+        return logits
 
 
 def rotated(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:

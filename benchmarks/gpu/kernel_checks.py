@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cast_serve.kernels.cuda import cusparselt, weight_only
+from cast_serve.kernels.cuda import cusparselt, dense_quantized, weight_only
 from cast_serve.kernels.cuda.layout import from_fragments
 from cast_serve.kernels.cuda.measurement import Gpu, Weight, random_values
-from conversion.quantization.formats import FP8, INT4, INT8, ValueFormat, encode
+from conversion.quantization.formats import FP8, INT4, INT8, Quantization, ValueFormat, dequantize, encode
 
 SHAPES = [
     *[(1, 16, 64), (1, 1, 8), (3, 24, 72), (8, 136, 1032), (9, 40, 200), (16, 330, 576), (17, 576, 1536)],
@@ -89,6 +89,19 @@ def weight_only_error(
     return relative_error(y, x, weight.dense, bias)
 
 
+def dense_quantized_error(
+    machine: Gpu, M: int, N: int, K: int, dtype: torch.dtype, values: ValueFormat, group_size: int | None
+) -> float:
+    device = machine.device
+    codes = torch.randint(values.lowest, values.highest + 1, (N, K), device=device)
+    quantization = Quantization(values, group_size)
+    stored, scale = encode(codes, values), torch.rand(N, quantization.groups(K), device=device) + 0.1
+    x, bias = random_values(M, K, dtype, device), torch.randn(N, device=device).to(dtype)
+    rows = dense_quantized.pack(stored, scale, group_size)
+    y = machine.dense_quantized(x, rows, N, values.bits, group_size, bias)
+    return relative_error(y, x, dequantize(stored, None, scale, quantization), bias)
+
+
 def rounding_error(machine: Gpu, M: int, N: int, K: int, dtype: torch.dtype) -> float:
     """Of rows of x rounded to 8 bits, relative to the row's largest value."""
     x = torch.randn(M, K, device=machine.device).to(torch.bfloat16)
@@ -159,7 +172,11 @@ def correctness(machine: Gpu, shapes: list[tuple[int, int, int]]) -> dict[str, A
         ("rows rounded", rounding_error, tile_dtypes(machine)[2:], 1 / 16),
     ]
     if machine.has_triton:
-        kinds.append(("triton", triton_error, wide, None))
+        kinds += [
+            ("triton", triton_error, wide, None),
+            ("dense int8", partial(dense_quantized_error, values=INT8, group_size=None), wide, None),
+            ("dense int4 g32", partial(dense_quantized_error, values=INT4, group_size=32), wide, None),
+        ]
     if machine.has_cusparselt:
         kinds.append(("cusparselt", cusparselt_error, wide, None))
         # sums are rounded to bfloat16, and y once more

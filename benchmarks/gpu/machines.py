@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cast_serve.kernels.cuda.dense_quantized import lookup
 from cast_serve.kernels.cuda.layout import from_fragments
 from cast_serve.kernels.cuda.linear import Launch
 from cast_serve.kernels.cuda.measurement import Gpu
@@ -51,6 +52,13 @@ class Rehearsal(Gpu):
     @staticmethod
     def triton(x: Tensor, values: Tensor, bitmask: Tensor, bias: Tensor | None = None) -> Tensor:
         y = x.float() @ unpack24(values.float(), bitmask).T
+        return (y if bias is None else y + bias.float()).to(x.dtype)
+
+    @staticmethod
+    def dense_quantized(
+        x: Tensor, rows: Tensor, out_features: int, bits: int, group_size: int | None, bias: Tensor | None = None
+    ) -> Tensor:
+        y = x.float() @ lookup(torch.arange(out_features), rows, x.shape[1], bits, group_size).T
         return (y if bias is None else y + bias.float()).to(x.dtype)
 
     @staticmethod

@@ -27,9 +27,9 @@ from pathlib import Path
 import torch
 
 from cast_serve.kernels import library
+from cast_serve.kernels.cuda import dense_quantized, weight_only
 from cast_serve.kernels.cuda import linear as cuda_linear
 from cast_serve.kernels.cuda import torch_ops as cuda_ops
-from cast_serve.kernels.cuda import weight_only
 from conversion.errors import InputError
 from conversion.quantization.formats import GROUP_SIZES
 from conversion.quantized_panel import ROW_SCALE_GROUP
@@ -86,20 +86,17 @@ def prepack_quantized(
         group_size: columns of one scale: 32, 64, 128 or 256; None for one scale per row.
 
     Returns:
-        panels: [P, bytes] uint8, P = ceil(N / 16); on a GPU what `cuda.weight_only.pack` makes, with group size 0 for
-            one scale a row.
+        panels: [P, bytes] uint8, P = ceil(N / 16); on a GPU what `cuda.weight_only.pack` makes, or of a dense weight
+            `cuda.dense_quantized.pack`, with group size 0 for one scale a row.
 
     Raises:
         InputError: wrong shapes or dtypes, or a group that does not keep exactly two (named by row and group).
     """
     if values.is_cuda:
+        bits = 4 if values.dtype == torch.uint8 else 8
         if bitmask is None:
-            raise InputError("prepack: dense quantized weights have no kernel on GPUs yet")
-        return (
-            weight_only.pack(values, bitmask, scale, group_size),
-            4 if values.dtype == torch.uint8 else 8,
-            group_size or 0,
-        )
+            return dense_quantized.pack(values, scale, group_size), bits, group_size or 0
+        return weight_only.pack(values, bitmask, scale, group_size), bits, group_size or 0
     if values.dtype not in (torch.int8, torch.uint8) or values.dim() != 2:
         raise InputError(f"prepack: quantized values must be int8 or uint8 matrices, not {values.dtype}")
     bits = 8 if values.dtype == torch.int8 else 4

@@ -1,1 +1,1 @@
-"""A packed checkpoint as a transformers model whose sparse linears run the CPU kernels."""
+"""A packed checkpoint as a transformers model whose sparse linears run the 2:4 kernels."""

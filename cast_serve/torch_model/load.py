@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
+from cast_serve.torch_model.gpu_linear import GpuQuantizedLinear, GpuSparseLinear
 from cast_serve.torch_model.modules import PackedLinear, QuantizedEmbedding, QuantizedLinear, SparseLinear
 from cast_serve.torch_model.quantizer import PackedConfig
 from conversion.checkpoint import widest
@@ -16,54 +17,84 @@ from conversion.model_config import read_config
 from conversion.packed_checkpoint import PackedCheckpoint, is_packed
 from conversion.quantization.formats import FP8, Quantization
 
-_DTYPES = (torch.float32, torch.bfloat16)
+_DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.bfloat16, torch.float16)}
+"""Of activations; the first is the default."""
 
 
 def load(
-    model_dir: str | Path, *, dtype: torch.dtype | None = None, float_activations: bool = False
+    model_dir: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    float_activations: bool = False,
 ) -> PreTrainedModel:
-    """Return the causal language model of a packed checkpoint, on the CPU, for inference.
+    """Return the causal language model of a packed checkpoint for inference, on the CPU or an NVIDIA GPU.
 
-    Sparse linears, and a quantized embedding, hold their weight once, in the kernels' layout (float16 values as
-    float32); a dense copy is never made. Everything else is as `from_pretrained` has it. The model cannot be trained,
-    saved or moved to another device or dtype.
+    Sparse linears, and a quantized embedding, hold their weight once, in the kernels' layout (on the CPU float16 values
+    as float32, on a GPU float32 values as bfloat16); a dense copy is never made. Everything else is as
+    `from_pretrained` has it. The model cannot be trained, saved or moved to another device or dtype.
 
     Args:
         model_dir: packed checkpoint (`cast convert`), or its hub id.
-        dtype: of activations and dense weights, torch.float32 or torch.bfloat16; None takes bfloat16 where the
-            checkpoint has its dense weights so, else float32.
+        device: "cpu", "cuda" or "cuda:1", say. On a GPU the variable CAST24_SPARSE_MEMORY chooses as `cast serve
+            --sparse-memory` does.
+        dtype: of activations and dense weights, torch.float32 or torch.bfloat16 on the CPU, torch.bfloat16 or
+            torch.float16 on a GPU; None takes what the checkpoint has its dense weights in if it is one of these, else
+            the first.
         float_activations: multiply quantized weights by activations as they are, instead of rounded to 8 bits.
 
     Raises:
-        InputError: not a packed checkpoint, a damaged one, or one of values that the CPU has no kernel for.
+        InputError: not a packed checkpoint, a damaged one, no such device, or values that it has no kernel for.
     """
+    device = _device(device)
     directory = local_model(model_dir)
-    checkpoint = _open(directory)
+    checkpoint = _open(directory, device)
     if float_activations and checkpoint.quantization is None and checkpoint.embedding is None:
         raise InputError(f"the weights of {directory} are not quantized: leave float_activations out")
     packed = {*checkpoint.scope, *(f"{layer}.weight" for layer in checkpoint.quantized_embeddings)}
     dense = [name for name in checkpoint.names if name not in packed]
+    dtypes = _DTYPES[device.type]
     if dtype is None:
         stored = widest(checkpoint.shards.info(name).dtype for name in dense)
-        dtype = stored if stored in _DTYPES else torch.float32
-    if dtype not in _DTYPES:
-        raise InputError(f"the kernels take activations in torch.float32 or torch.bfloat16, not {dtype}")
+        dtype = stored if stored in dtypes else dtypes[0]
+    if dtype not in dtypes:
+        known = " or ".join(map(str, dtypes))
+        raise InputError(f"the kernels of a {device.type} device take activations in {known}, not {dtype}")
     layers = {place_in_blocks(checkpoint.family, layer): layer for layer in checkpoint.sparse_layers}
-    config = PackedConfig(list(layers), checkpoint.quantization is not None, checkpoint.embedding is not None)
+    config = PackedConfig(list(layers), _kind(checkpoint, device), checkpoint.embedding is not None)
     model = model_of(checkpoint, {name: checkpoint.tensor(name) for name in dense}, dtype, config)
     for name, module in model.named_modules():
         if (layer := layers.get(place_in_blocks(checkpoint.family, name))) is not None:
             assert isinstance(module, PackedLinear)
-            _pack(module, checkpoint, layer, float_activations)
+            _pack(module, checkpoint, layer, device, float_activations)
     if checkpoint.embedding is not None:
-        _pack_embedding(model, checkpoint, checkpoint.embedding, float_activations)
+        _pack_embedding(model, checkpoint, checkpoint.embedding, device, float_activations)
+    torch.nn.Module.to(model, device)  # what is packed is there already
     if (directory / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(directory)
     model.config.name_or_path = str(model_dir)
     return model.requires_grad_(False)
 
 
-def _open(directory: Path) -> PackedCheckpoint:
+def _device(name: str | torch.device) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"there is no device '{name}': use cpu or cuda") from None
+    if device.type not in _DTYPES:
+        raise InputError(f"there are no 2:4 kernels for '{name}': use cpu or cuda")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"torch {torch.__version__} sees no device '{name}' on this machine: use cpu")
+    return device
+
+
+def _kind(checkpoint: PackedCheckpoint, device: torch.device) -> type[PackedLinear]:
+    if checkpoint.quantization is None:
+        return GpuSparseLinear if device.type == "cuda" else SparseLinear
+    return GpuQuantizedLinear if device.type == "cuda" else QuantizedLinear
+
+
+def _open(directory: Path, device: torch.device) -> PackedCheckpoint:
     if (directory / "cast_onnx.json").is_file():
         raise InputError(f"{directory} is for the ONNX Runtime engine: give the packed checkpoint it was made from")
     if not is_packed(read_config(directory)):
@@ -72,7 +103,7 @@ def _open(directory: Path) -> PackedCheckpoint:
             "2:4 yet, and load OUT"
         )
     checkpoint = PackedCheckpoint(directory)
-    if checkpoint.quantization is not None and checkpoint.quantization.values is FP8:
+    if device.type == "cpu" and checkpoint.quantization is not None and checkpoint.quantization.values is FP8:
         raise InputError(
             f"{directory} holds {FP8.name} values, for which the CPU has no kernel: convert its source with "
             "--quantize int8, int4 or not at all"
@@ -80,27 +111,34 @@ def _open(directory: Path) -> PackedCheckpoint:
     return checkpoint
 
 
-def _pack(module: PackedLinear, checkpoint: PackedCheckpoint, layer: str, float_activations: bool) -> None:
+def _pack(
+    module: PackedLinear, checkpoint: PackedCheckpoint, layer: str, device: torch.device, float_activations: bool
+) -> None:
     _check_shape(checkpoint, layer, checkpoint.linear_shape(layer), (module.out_features, module.in_features))
-    values, bitmask = checkpoint.packed(layer)
+    values, bitmask = (part.to(device) for part in checkpoint.packed(layer))
     if isinstance(module, SparseLinear):
         module.pack(values, bitmask)
     elif isinstance(module, QuantizedLinear):
         scale = checkpoint.scale(layer)
         assert scale is not None
         assert checkpoint.quantization is not None
-        module.pack(values, bitmask, scale, checkpoint.quantization.group_size, float_activations=float_activations)
+        group_size = checkpoint.quantization.group_size
+        module.pack(values, bitmask, scale.to(device), group_size, float_activations=float_activations)
 
 
 def _pack_embedding(
-    model: PreTrainedModel, checkpoint: PackedCheckpoint, quantization: Quantization, float_activations: bool
+    model: PreTrainedModel,
+    checkpoint: PackedCheckpoint,
+    quantization: Quantization,
+    device: torch.device,
+    float_activations: bool,
 ) -> None:
     embedding, lm_head = model.get_input_embeddings(), model.get_output_embeddings()
     assert isinstance(embedding, QuantizedEmbedding)
     assert isinstance(lm_head, QuantizedLinear)
     tied = dense_config(checkpoint).tie_word_embeddings  # model.config says no, lest transformers ties them
     for layer in checkpoint.quantized_embeddings:
-        values, scale = checkpoint.quantized_embedding(layer)
+        values, scale = (part.to(device) for part in checkpoint.quantized_embedding(layer))
         expected = embedding.num_embeddings, embedding.embedding_dim
         _check_shape(checkpoint, layer, checkpoint.linear_shape(f"{layer}.weight"), expected)
         if f"{layer}.weight" != LM_HEAD:

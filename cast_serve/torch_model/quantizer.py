@@ -10,7 +10,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from cast_serve.torch_model.modules import QuantizedEmbedding, QuantizedLinear, SparseLinear
+from cast_serve.torch_model.modules import PackedLinear, QuantizedEmbedding, QuantizedLinear
 from conversion.families import family_of, place_in_blocks
 from conversion.packed_checkpoint import QUANT_METHOD
 
@@ -21,14 +21,14 @@ class PackedConfig(QuantizationConfigMixin):
 
     Attributes:
         sparse_layers: its packed linears, by their place in the blocks.
-        quantized: whether their values are.
-        quantized_embedding: whether the embedding and lm_head are.
+        kind: what takes the place of each.
+        quantized_embedding: whether the embedding and lm_head are quantized.
     """
 
-    def __init__(self, sparse_layers: list[str], quantized: bool, quantized_embedding: bool) -> None:
+    def __init__(self, sparse_layers: list[str], kind: type[PackedLinear], quantized_embedding: bool) -> None:
         self.quant_method: Any = QUANT_METHOD
         self.sparse_layers = sparse_layers
-        self.quantized = quantized
+        self.kind = kind
         self.quantized_embedding = quantized_embedding
 
 
@@ -40,7 +40,7 @@ class PackedQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         family, sparse = family_of(model.config.model_type), set(self.quantization_config.sparse_layers)
-        kind = QuantizedLinear if self.quantization_config.quantized else SparseLinear
+        kind = self.quantization_config.kind
         for name, module in list(model.named_modules()):
             if place_in_blocks(family, name) in sparse:
                 assert isinstance(module, nn.Linear | Conv1D)

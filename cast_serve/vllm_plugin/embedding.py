@@ -3,7 +3,6 @@
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 from torch.nn import Parameter
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
@@ -14,31 +13,10 @@ from cast_serve.torch_model.modules import QuantizedEmbedding
 from cast_serve.vllm_plugin.linear import SCALE, VALUES, multiply
 from cast_serve.vllm_plugin.parameters import check_loaded, counting
 from conversion.errors import InputError
-from conversion.quantization.formats import Quantization, check_scale, check_values, dequantize
+from conversion.quantization.formats import Quantization, check_scale, check_values
 
 if TYPE_CHECKING:
     from cast_serve.vllm_plugin.config import Cast24Config
-
-
-def has_kernel(values: torch.Tensor) -> bool:
-    """Whether there is a kernel for dense quantized weights where this one lies: not on GPUs yet."""
-    return not values.is_cuda
-
-
-class Dequantized(nn.Module):
-    """An embedding [V, H] in the model's dtype, and the lm_head that it is tied to."""
-
-    weight: torch.Tensor
-
-    def __init__(self, weight: torch.Tensor) -> None:
-        super().__init__()
-        self.register_buffer("weight", weight, persistent=False)
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        return nn.functional.embedding(ids, self.weight)
-
-    def multiply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        return nn.functional.linear(x, self.weight, bias)
 
 
 class QuantizedEmbeddingMethod(QuantizeMethodBase):
@@ -84,19 +62,18 @@ class QuantizedEmbeddingMethod(QuantizeMethodBase):
         try:
             check_values(values, self.quantization.values)
             check_scale(scale[:used])
-        except InputError as error:
-            raise InputError(f"layer '{self.name}': {error}") from None
-        dense_bytes = self.rows * self.columns * self.dtype.itemsize
-        if has_kernel(values):
             lookup = QuantizedEmbedding(self.rows, self.columns, self.dtype)
             lookup.pack(values, scale, self.quantization.group_size)
-            layer.lookup = lookup
-            layer.packed = lookup.tied_linear(float_activations=self.config.float_activations)
-            kernel, stored_bytes = f"the dense int{lookup.bits} kernel ({isa()})", lookup.panels.nbytes
-        else:
-            layer.lookup = layer.packed = Dequantized(dequantize(values, None, scale, self.quantization).to(self.dtype))
-            kernel, stored_bytes = f"torch's own, as {str(self.dtype).removeprefix('torch.')}", dense_bytes
-        self.config.report.packed(self.name, kernel, stored_bytes, dense_bytes)
+        except InputError as error:
+            raise InputError(f"layer '{self.name}': {error}") from None
+        layer.lookup = lookup
+        layer.packed = lookup.tied_linear(float_activations=self.config.float_activations)
+        self.config.report.packed(
+            self.name,
+            f"the dense int{lookup.bits} kernel ({'CUDA' if values.is_cuda else isa()})",
+            lookup.panels.nbytes,
+            self.rows * self.columns * self.dtype.itemsize,
+        )
 
     def apply(self, layer: VocabParallelEmbedding, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         return multiply(layer.packed, x, bias)

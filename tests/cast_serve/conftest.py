@@ -1,6 +1,9 @@
 """Fixtures that more than one module of these tests uses."""
 
-from collections.abc import Iterator
+import importlib
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -20,6 +23,29 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
 def emulation(tmp_path_factory: pytest.TempPathFactory) -> Emulation:
     """The CUDA kernels on the CPU, of all types."""
     return Emulation(tmp_path_factory.mktemp("emulation"), VARIANTS, ALL_TYPES)
+
+
+Interpreted = Callable[[str], ModuleType]
+"""A module of Triton kernels, by its name."""
+
+
+@pytest.fixture(scope="session")
+def interpreted() -> Iterator[Interpreted]:
+    """Imports modules whose kernels Triton interprets, on the CPU: it decides that when a kernel is defined."""
+    from triton import language as tl
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    multiply = InterpreterBuilder.create_dot
+
+    def dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        """The interpreter holds bfloat16 as integers, and would multiply those."""
+        wide = [self.cast_impl(each, tl.float32) if each.dtype.is_bf16() else each for each in (a, b)]
+        return multiply(self, *wide, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(InterpreterBuilder, "create_dot", dot)
+        patch.setenv("TRITON_INTERPRET", "1")
+        yield importlib.import_module
 
 
 @pytest.fixture(params=kernels.ISAS)

@@ -1,6 +1,10 @@
 """NVRTC compiles the kernels for every architecture, without a GPU; the compiler's report says what they take."""
 
+import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -75,3 +79,15 @@ def test_a_cache_that_cannot_be_written_is_done_without(tmp_path: Path, monkeypa
 def test_errors_of_the_source_are_shown() -> None:
     with pytest.raises(RuntimeError, match='identifier "nowhere" is undefined'):
         nvrtc.compile_source('extern "C" __global__ void f() { nowhere(); }', "sm_90")
+
+
+def test_triton_compiles_its_kernels_too(tmp_path: Path) -> None:
+    """For fewer architectures: Triton takes a second for each."""
+    command = [sys.executable, "-W", "ignore", "-m", "tests.cast_serve.compile_triton"]
+    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}
+    ran = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert ran.returncode == 0, ran.stderr
+    spilled = json.loads(ran.stdout)
+    assert len(spilled) == 3 * 2 * 5
+    assert not any(spilled[name] for name in spilled if name.endswith(", 1 rows") or "dense" in name), spilled
+    assert max(spilled.values()) < 100  # a few registers of 128 rows' sums

@@ -132,8 +132,6 @@ def test_the_quantized_operator(
     torch.testing.assert_close(y.double(), expected, rtol=2e-2, atol=1e-1)
     with pytest.raises(RuntimeError, match="is not the packed form of a weight"):
         torch_ops.linear_quantized(x, packed, 60, bits, True, group_size or 0)
-    with pytest.raises(RuntimeError, match="dense quantized weights"):
-        torch_ops.linear_quantized(x, packed, 40, bits, False, group_size or 0)
 
 
 def test_cusparselt_gets_whole_rows_of_eight(emulation: Emulation, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,5 +179,5 @@ def test_operators_are_registered_for_gpus() -> None:
         metadata = torch.empty(1, 1, 32, dtype=torch.uint32, device="cuda")
         for y in (ops.linear_packed(x, fragments, metadata, 16), ops.linear_cuda(x, fragments, metadata, None, 16)):
             assert (y.shape, y.dtype, y.device.type) == ((2, 5, 16), x.dtype, "cuda")
-    for name in ("linear", "linear_packed", "linear_quantized", "linear_cuda"):
+    for name in ("linear", "linear_packed", "linear_quantized", "linear_cuda", "quantized_rows"):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"cast24::{name}", "CUDA")

@@ -158,7 +158,10 @@ def test_what_cannot_be_loaded_is_refused_in_one_sentence(tmp_path: Path) -> Non
         (tmp_path / "fp8", {}, "float8_e4m3fn values, for which the CPU has no kernel"),
         (tmp_path / "nowhere", {}, "does not exist"),
         (directory, {"float_activations": True}, "leave float_activations out"),
-        (directory, {"dtype": torch.float16}, r"float32 or torch\.bfloat16, not torch\.float16"),
+        (directory, {"dtype": torch.float16}, r"a cpu device .*float32 or torch\.bfloat16, not torch\.float16"),
+        (directory, {"device": "cuda:99"}, "sees no device 'cuda:99' on this machine"),
+        (directory, {"device": "meta"}, "no 2:4 kernels for 'meta': use cpu or cuda"),
+        (directory, {"device": "gpu"}, "there is no device 'gpu': use cpu or cuda"),
     ]:
         with pytest.raises(InputError, match=message):
             cast_serve.load(folder, **options)

@@ -1,9 +1,6 @@
-"""The Triton kernel, by Triton's own interpreter in the GPU's place, and when it is taken."""
+"""The 2:4 Triton kernel, by Triton's own interpreter in the GPU's place, and when it is taken."""
 
-import importlib
-from collections.abc import Iterator
 from types import ModuleType
-from typing import Any
 
 import pytest
 import torch
@@ -11,26 +8,13 @@ import torch
 from cast_serve.kernels.cuda import linear, nvrtc, torch_ops
 from cast_serve.torch_model.gpu_linear import GpuSparseLinear
 from conversion.errors import InputError
+from tests.cast_serve.conftest import Interpreted
 from tests.cast_serve.sparse_layers import random_layer
 
 
-@pytest.fixture(scope="module")
-def kernel() -> Iterator[ModuleType]:
-    """The module, its kernel interpreted: Triton decides that when a kernel is defined."""
-    from triton import language as tl
-    from triton.runtime.interpreter import InterpreterBuilder
-
-    multiply = InterpreterBuilder.create_dot
-
-    def dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
-        """The interpreter holds bfloat16 as integers, and would multiply those."""
-        wide = [self.cast_impl(each, tl.float32) if each.dtype.is_bf16() else each for each in (a, b)]
-        return multiply(self, *wide, *rest)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(InterpreterBuilder, "create_dot", dot)
-        patch.setenv("TRITON_INTERPRET", "1")
-        yield importlib.import_module("cast_serve.kernels.cuda.triton_linear")
+@pytest.fixture
+def kernel(interpreted: Interpreted) -> ModuleType:
+    return interpreted("cast_serve.kernels.cuda.triton_linear")
 
 
 @pytest.fixture

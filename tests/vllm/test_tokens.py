@@ -6,7 +6,6 @@ from torch import nn
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 
 from cast_serve.torch_model.modules import PackedLinear
-from cast_serve.vllm_plugin import embedding
 from conversion.quantization.formats import FP8, INT4, INT8, Quantization
 from tests.vllm.checkpoints import Checkpoints
 from tests.vllm.engine import engine, greedy, tokens
@@ -36,16 +35,6 @@ def test_quantized_values_give_the_dequantized_models_tokens(
     packed = checkpoints.packed(name, quantization, embedding)
     exact = tokens(packed, hf_overrides=FLOAT_ACTIVATIONS)
     assert exact == tokens(checkpoints.unpacked(packed))
-
-
-def test_an_embedding_without_a_kernel_is_dequantized(
-    checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    packed = checkpoints.packed("llama", INT8_ROWS, INT8_ROWS)
-    monkeypatch.setattr(embedding, "has_kernel", lambda values: False)  # as on a GPU
-    found = tokens(packed, hf_overrides=FLOAT_ACTIVATIONS)
-    monkeypatch.undo()
-    assert found == tokens(checkpoints.unpacked(packed))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -41,6 +41,14 @@ class Gpu:
 
         return triton_linear(x, values, bitmask, bias)
 
+    @staticmethod
+    def dense_quantized(
+        x: Tensor, rows: Tensor, out_features: int, bits: int, group_size: int | None, bias: Tensor | None = None
+    ) -> Tensor:
+        from cast_serve.kernels.cuda.triton_dense import dense_quantized_linear
+
+        return dense_quantized_linear(x, rows, out_features, bits, group_size, bias)
+
     copies = staticmethod(copies)
     seconds = staticmethod(seconds_per_call)
 

@@ -3,11 +3,10 @@
     y = torch.ops.cast24.linear_cuda(x, fragments, metadata, compressed, out_features, bias=None)
     y = torch.ops.cast24.linear_quantized_cuda(x, panels, compressed, out_features, bits, group_size, bias=None)
 
-`linear`, `linear_packed` and `linear_quantized` have the schemas that they have on the CPU, and take what `prepack` and
-`prepack_quantized` return there for CUDA tensors. linear_cuda also takes cuSPARSELt's copy of the weight, or None, and
-uses it where that is the fastest; linear_quantized_cuda uses it for more than 64 rows of x, which it rounds to 8 bits
-then. All take x of any shape [..., K] and strides, rounded to a 16-bit type, and return
-x's dtype.
+`linear`, `linear_packed`, `linear_quantized` and `quantized_rows` have the schemas that they have on the CPU, and take
+what `prepack` and `prepack_quantized` return there for CUDA tensors. linear_cuda also takes cuSPARSELt's copy of the
+weight, or None, and uses it where that is the fastest; linear_quantized_cuda uses it for more than 64 rows of x, which
+it rounds to 8 bits then. All take x of any shape [..., K] and strides, rounded to a 16-bit type, and return x's dtype.
 """
 
 from collections.abc import Callable
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cast_serve.kernels.cuda import cusparselt
+from cast_serve.kernels.cuda import cusparselt, dense_quantized
 from cast_serve.kernels.cuda.crossover import table
 from cast_serve.kernels.cuda.linear import check, expand, is_portable, prepack, quantize_rows, small_m_linear
 from cast_serve.kernels.cuda.small_m import MAX_ROWS
@@ -75,10 +74,14 @@ def linear_quantized(
     float_activations: bool = False,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """As on the CPU, with what `weight_only.pack` returns, group_size 0 for one scale a row; x keeps its 16 bits."""
-    if not sparse:
-        raise RuntimeError("cast24::linear_quantized: dense quantized weights have no kernel on GPUs yet")
-    return linear_quantized_cuda(x, panels, None, out_features, bits, group_size, bias)
+    """As on the CPU, with what `prepack_quantized` returns, group_size 0 for one scale a row; x keeps its 16 bits."""
+    if sparse:
+        return linear_quantized_cuda(x, panels, None, out_features, bits, group_size, bias)
+    from cast_serve.kernels.cuda.triton_dense import dense_quantized_linear
+
+    rows, bias = _in_16_bits(x, out_features, bias)
+    y = dense_quantized_linear(rows, panels, out_features, bits, group_size or None, bias)
+    return y.view(*x.shape[:-1], out_features).to(x.dtype)
 
 
 def linear_quantized_cuda(
@@ -91,15 +94,7 @@ def linear_quantized_cuda(
     bias: Tensor | None = None,
 ) -> Tensor:
     """`linear_quantized`; `compressed` is cuSPARSELt's copy of an int8 or fp8 weight with one scale a row, or None."""
-    if x.dim() < 1 or x.shape[-1] % 8 or x.shape[-1] == 0 or not x.is_floating_point():
-        raise RuntimeError(
-            f"cast24::linear_quantized: x must be floats [..., multiple of 8], not {list(x.shape)} {x.dtype}"
-        )
-    if bias is not None and bias.shape != (out_features,):
-        raise RuntimeError(f"cast24::linear_quantized: bias must have shape [{out_features}], not {list(bias.shape)}")
-    dtype = torch.float16 if x.dtype == torch.float16 else torch.bfloat16
-    rows = x.reshape(-1, x.shape[-1]).to(dtype)
-    bias = None if bias is None else bias.to(dtype).contiguous()
+    rows, bias = _in_16_bits(x, out_features, bias)
     if compressed is not None and rows.shape[0] > MAX_ROWS:
         rounded, x_scale = quantize_rows(rows, compressed.dtype)
         scale = parts(panels, out_features, x.shape[-1], bits, None).scale.flatten()[:out_features]
@@ -109,9 +104,29 @@ def linear_quantized_cuda(
     return y.view(*x.shape[:-1], out_features).to(x.dtype)
 
 
+def _in_16_bits(x: Tensor, out_features: int, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """x [..., K] as rows [M, K], and the bias, both of a 16-bit type; RuntimeError where no kernel takes them."""
+    if x.dim() < 1 or x.shape[-1] % 8 or x.shape[-1] == 0 or not x.is_floating_point():
+        raise RuntimeError(
+            f"cast24::linear_quantized: x must be floats [..., multiple of 8], not {list(x.shape)} {x.dtype}"
+        )
+    if bias is not None and bias.shape != (out_features,):
+        raise RuntimeError(f"cast24::linear_quantized: bias must have shape [{out_features}], not {list(bias.shape)}")
+    dtype = torch.float16 if x.dtype == torch.float16 else torch.bfloat16
+    return x.reshape(-1, x.shape[-1]).to(dtype), None if bias is None else bias.to(dtype).contiguous()
+
+
+def quantized_rows(ids: Tensor, panels: Tensor, num_rows: int, columns: int, bits: int, group_size: int) -> Tensor:
+    """As on the CPU; an id outside of the rows fails on the device, as in torch's own embedding."""
+    if panels.shape != (num_rows, dense_quantized.row_bytes(columns, bits, group_size or None)):
+        raise RuntimeError(f"cast24::quantized_rows: panels {list(panels.shape)} are not those of this weight")
+    return dense_quantized.lookup(ids, panels, columns, bits, group_size or None)
+
+
 def register() -> None:
     """Add the CUDA side of the operators that have one on the CPU, which is where they are defined."""
     torch.library.impl("cast24::linear_quantized", "cuda")(linear_quantized)
+    torch.library.impl("cast24::quantized_rows", "cuda")(quantized_rows)
     torch.library.impl("cast24::linear", "cuda")(linear)
     torch.library.impl("cast24::linear_packed", "cuda")(linear_packed)
 

@@ -11,6 +11,14 @@ from torch import Tensor
 
 GROUPS = 32
 """Groups of four columns in a step."""
+WARPS = 8
+"""Of a block: with four, sums of 128 rows do not fit the registers."""
+
+
+def block(M: int) -> tuple[int, int]:
+    """Rows of x and outputs that a block computes, for M rows of x."""
+    rows = min(max(16, triton.next_power_of_2(M)), 128)
+    return rows, 32 if rows <= 32 else 64
 
 
 @triton.jit
@@ -59,8 +67,7 @@ def triton_linear(x: Tensor, values: Tensor, bitmask: Tensor, bias: Tensor | Non
     if M == 0:
         return y
     x = x if x.stride(1) == 1 else x.contiguous()
-    rows = min(max(16, triton.next_power_of_2(M)), 128)
-    outputs = 32 if rows <= 32 else 64
+    rows, outputs = block(M)
     grid = (triton.cdiv(N, outputs), triton.cdiv(M, rows))
     _linear24[grid](
         *(x, values.view(torch.int32), bitmask, values if bias is None else bias, y, M, N, groups, x.stride(0)),
@@ -68,5 +75,6 @@ def triton_linear(x: Tensor, values: Tensor, bitmask: Tensor, bias: Tensor | Non
         ROWS=rows,
         OUTPUTS=outputs,
         GROUPS=GROUPS,
+        num_warps=WARPS,
     )
     return y

@@ -1,0 +1,69 @@
+"""`cast_serve.load` for a GPU, with the emulation and Triton's interpreter in the GPU's place."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import cast_serve
+from cast_serve.kernels.cuda import dense_quantized, linear, torch_ops, weight_only
+from cast_serve.kernels.cuda.crossover import DEVICES, Table
+from cast_serve.torch_model import load, modules
+from cast_serve.torch_model.gpu_linear import GpuQuantizedLinear, GpuSparseLinear
+from conversion.packed_checkpoint import PackedCheckpoint
+from conversion.quantization.formats import FP8, INT4, Quantization
+from tests.cast_serve.conftest import Interpreted
+from tests.cast_serve.cuda_emulation.runner import Emulation, Launcher
+from tests.cast_serve.test_load import INT8_ROWS, TOKENS, packed, relative_error
+
+
+@pytest.fixture
+def in_place_of_the_gpu(emulation: Emulation, interpreted: Interpreted, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What asks a tensor or a device whether it is a GPU's is answered yes."""
+    interpreted("cast_serve.kernels.cuda.triton_dense")
+    monkeypatch.setattr(linear, "launch_on_gpu", Launcher(emulation, None))
+    monkeypatch.setattr(torch_ops, "table", lambda _: Table({}, DEVICES["H100"]))
+    for name in ("linear_cuda", "linear_quantized_cuda", "linear_quantized", "quantized_rows"):
+        monkeypatch.setattr(torch.ops.cast24, name, getattr(torch_ops, name), raising=False)
+
+    def prepack(values: Any, bitmask: Any, scale: Any, group: int | None = None) -> tuple[Any, int, int]:
+        bits = 4 if values.dtype == torch.uint8 else 8
+        if bitmask is None:
+            return dense_quantized.pack(values, scale, group), bits, group or 0
+        return weight_only.pack(values, bitmask, scale, group), bits, group or 0
+
+    def kind(checkpoint: PackedCheckpoint, _: torch.device) -> type[modules.PackedLinear]:
+        return GpuSparseLinear if checkpoint.quantization is None else GpuQuantizedLinear
+
+    monkeypatch.setattr(modules, "prepack_quantized", prepack)
+    monkeypatch.setattr(load, "_kind", kind)
+
+
+@pytest.mark.usefixtures("in_place_of_the_gpu")
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize(
+    ("quantization", "embedding"),
+    [(None, None), (INT8_ROWS, None), (Quantization(INT4, 64), INT8_ROWS), (None, Quantization(INT4, 32))],
+    ids=["float", "int8", "int4-int8", "float-int4"],
+)
+def test_the_gpus_layers_give_the_dense_models_logits(
+    name: str, quantization: Quantization | None, embedding: Quantization | None, tmp_path: Path
+) -> None:
+    directory = packed(tmp_path, name, quantization=quantization, embedding=embedding)
+    model = cast_serve.load(directory, dtype=torch.float32)
+    kinds = {type(module).__name__ for module in model.modules() if isinstance(module, modules.PackedLinear)}
+    lm_head = {"QuantizedLinear"} if embedding else set()
+    assert kinds == {"GpuSparseLinear" if quantization is None else "GpuQuantizedLinear"} | lm_head
+    assert 1e-5 < relative_error(directory, model(TOKENS).logits) < 0.05  # x in 16 bits
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("quantization", [None, INT8_ROWS, Quantization(INT4, 64), Quantization(FP8, None)])
+def test_on_a_gpu(quantization: Quantization | None, tmp_path: Path) -> None:
+    directory = packed(tmp_path, "llama", quantization=quantization, embedding=INT8_ROWS)
+    model = cast_serve.load(directory, device="cuda")
+    assert model.device.type == "cuda"
+    assert model.dtype == torch.bfloat16
+    assert relative_error(directory, model(TOKENS.cuda()).logits.cpu()) < 0.05
