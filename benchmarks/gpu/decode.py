@@ -18,10 +18,9 @@ from torch import Tensor, nn
 from transformers import LlamaConfig
 
 from benchmarks.gpu.decoder import Decoder, MakeLinear
-from benchmarks.gpu.kernel_checks import QuantizedWeight
 from benchmarks.shapes import SHAPES
 from cast_serve.kernels.cuda.layout import from_fragments
-from cast_serve.kernels.cuda.measurement import Weight
+from cast_serve.kernels.cuda.random_weights import QuantizedWeight, Weight
 from cast_serve.kernels.cuda.timing import copy_bandwidth, seconds_per_call
 from cast_serve.torch_model.gpu_linear import GpuQuantizedLinear, GpuSparseLinear
 from cast_serve.torch_model.modules import PackedLinear, QuantizedLinear, SparseLinear

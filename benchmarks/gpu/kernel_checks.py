@@ -1,15 +1,16 @@
 """What the GPU kernels compute, against float64, at odd shapes; and where in a tile they are wrong, should they be."""
 
 from collections.abc import Callable
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from cast_serve.kernels.cuda import cusparselt, dense_quantized, weight_only
+from cast_serve.kernels.cuda import cusparselt, dense_quantized
 from cast_serve.kernels.cuda.layout import from_fragments
-from cast_serve.kernels.cuda.measurement import Gpu, Weight, random_values
+from cast_serve.kernels.cuda.measurement import Gpu
+from cast_serve.kernels.cuda.random_weights import QuantizedWeight, Weight, random_values
 from conversion.quantization.formats import FP8, INT4, INT8, Quantization, ValueFormat, dequantize, encode
 
 SHAPES = [
@@ -53,30 +54,6 @@ def small_m_8_bit_error(machine: Gpu, M: int, N: int, K: int, dtype: torch.dtype
 def expand_error(machine: Gpu, M: int, N: int, K: int, dtype: torch.dtype) -> float:
     weight = Weight(N, K, dtype, machine.device)
     return (machine.expand(*weight.packed, N, K).float() - weight.dense).abs().nan_to_num(torch.inf).max().item()
-
-
-class QuantizedWeight:
-    """A random quantized 2:4 weight [N, K], made on the device.
-
-    Attributes:
-        stored, bitmask, scale: of the portable format.
-        dense: float32.
-    """
-
-    def __init__(self, N: int, K: int, values: ValueFormat, group_size: int | None, device: torch.device) -> None:
-        weight = Weight(N, K, torch.int8 if values is INT4 else values.dtype, device)
-        self.stored, self.bitmask = from_fragments(*weight.packed, N, K)
-        self.scale = torch.rand(N, 1 if group_size is None else -(-K // group_size), device=device) + 0.1
-        dense = weight.dense
-        if values is INT4:
-            codes, dense = ((each.float() / 16).round().clamp(-8, 7) for each in (self.stored, dense))
-            self.stored = encode(codes, INT4)
-        self.dense = dense * self.scale.repeat_interleave(group_size or K, 1)[:, :K]
-        self.group_size = group_size
-
-    @cached_property
-    def packed(self) -> Tensor:
-        return weight_only.pack(self.stored, self.bitmask, self.scale, self.group_size)
 
 
 def weight_only_error(

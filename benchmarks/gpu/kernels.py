@@ -22,7 +22,8 @@ from benchmarks.gpu.kernel_checks import SHAPES as ODD_SHAPES
 from benchmarks.gpu.kernel_checks import TINY_SHAPES, correctness
 from benchmarks.gpu.machines import Rehearsal
 from cast_serve.kernels.cuda import cusparselt, torch_ops
-from cast_serve.kernels.cuda.measurement import Candidate, Gpu, Layer, Weight
+from cast_serve.kernels.cuda.measurement import Candidate, Gpu, Layer
+from cast_serve.kernels.cuda.random_weights import Weight
 from cast_serve.kernels.cuda.small_m import VARIANTS, Plan, Variant, plan
 
 SHAPES = [(4096, 4096), (11008, 4096), (4096, 11008), (14336, 4096)]

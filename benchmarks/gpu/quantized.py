@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.kernel_checks import QuantizedWeight
 from cast_serve.kernels.cuda import cusparselt
 from cast_serve.kernels.cuda.layout import from_fragments
-from cast_serve.kernels.cuda.measurement import Call, Candidate, Gpu, Weight
+from cast_serve.kernels.cuda.measurement import Call, Candidate, Gpu
+from cast_serve.kernels.cuda.random_weights import QuantizedWeight, Weight
 from cast_serve.kernels.cuda.small_m import MAX_ROWS
 from conversion.quantization.formats import FP8, INT4, INT8, ValueFormat
 
@@ -20,11 +20,11 @@ GROUP = 128
 
 
 def sparse(machine: Gpu, N: int, K: int, values: ValueFormat, group_size: int | None, x: list[Tensor]) -> Candidate:
-    """Our quantized 2:4 weight, x in 16 bits."""
+    """Our quantized 2:4 weight, x in 16 bits; many rows of x meet it made dense."""
     first = QuantizedWeight(N, K, values, group_size, machine.device).packed
     inputs = cycle(x)
     weights = [first.clone() for _ in range(machine.copies(first.nbytes))]
-    multiply = machine.weight_only
+    multiply = partial(machine.weight_only, expanded=len(x[0]) > MAX_ROWS)
     calls: list[Call] = [partial(multiply, next(inputs), weight, N, values.bits, group_size) for weight in weights]
     return Candidate(calls, first.nbytes)
 

@@ -79,10 +79,8 @@ class GpuQuantizedLinear(QuantizedLinear):
             sparse_memory() == "fast"
             and not float_activations
             and bitmask is not None
-            and group_size is None
-            and values.dtype in (torch.int8, torch.float8_e4m3fn)
             and cusparselt.available()
-            and cusparselt.fits(self.out_features, self.in_features, itemsize=1)
+            and cusparselt.takes(values.dtype, group_size, self.out_features, self.in_features)
         ):
             linear.prepare(linear.TYPES[values.dtype, torch.bfloat16], values.device)
             compressed = cusparselt.compress_codes(values, bitmask)

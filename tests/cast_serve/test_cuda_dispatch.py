@@ -42,10 +42,12 @@ def test_the_measured_times_decide() -> None:
 @pytest.mark.parametrize("device", [*crossover.DEVICES, "NVIDIA L40S"])
 def test_the_model_streams_for_few_rows_and_multiplies_for_many(device: str) -> None:
     table = Table({}, crossover.modelled_device(device))
-    for layer in ((4096, 4096, "bfloat16"), (14336, 4096, "float16")):
+    for layer in ((4096, 4096, "bfloat16"), (14336, 4096, "float16"), (4096, 4096, "int8")):
         assert all(table.choose(M, layer, True).method == "small_m" for M in (1, 8, 16, 32))
         assert table.choose(8192, layer, True).method == "cusparselt"
         assert table.choose(8192, layer, False).method == "expanded"
+    int4 = (4096, 4096, "int4 g64")
+    assert [table.choose(M, int4, False).method for M in (1, 32, 8192)] == ["small_m", "small_m", "expanded"]
 
 
 def test_a_table_counts_where_it_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,7 +119,9 @@ def test_the_quantized_operator(
 ) -> None:
     if bits == 8 and dtype == torch.float16:
         return
-    gpu = Gpu(emulation, Table({}, crossover.DEVICES["H100"]), monkeypatch)
+    measured = points(64, 256, small_m=[1.0, 2.0], expanded=[2.0, 1.0])
+    known = (40, 200, "int8" if bits == 8 else "int4 g64")
+    gpu = Gpu(emulation, Table({known: measured}, crossover.DEVICES["H100"]), monkeypatch)
     layer, x, bias = random_layer(40, 200, torch.float32), torch.randn(2, rows, 200).to(dtype), torch.randn(40)
     codes = (layer.values * 2).round().clamp(-8, 7)
     scale = torch.rand(40, 1 if group_size is None else -(-200 // group_size))

@@ -223,7 +223,7 @@ def test_weight_only(
     assert (reads == 1).all(), "a byte of the weight was not read exactly once"
     assert relative_error(y, x, dense, bias) < torch.finfo(dtype).eps
     several = weight_only_linear(
-        x, packed, rows, bits, group_size, bias, max_rows=0, launch=Launcher(emulation, [packed])
+        x, packed, rows, bits, group_size, bias, expanded=True, launch=Launcher(emulation, [packed])
     )
     assert relative_error(several, x, dense, bias) < 2 * torch.finfo(dtype).eps  # the weight is rounded as well
 

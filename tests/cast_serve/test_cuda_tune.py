@@ -11,13 +11,13 @@ from typer.testing import CliRunner
 
 from benchmarks.gpu.machines import Rehearsal
 from cast_serve.cli import build_app
-from cast_serve.kernels.cuda import crossover, measurement
+from cast_serve.kernels.cuda import crossover, cusparselt, measurement
 from cast_serve.kernels.cuda.crossover import Point
 from cast_serve.kernels.cuda.heat_map import draw
 from cast_serve.kernels.cuda.tune import layers_of, tune
 from conversion import save_packed
 from conversion.errors import InputError
-from conversion.quantization.formats import INT8, Quantization
+from conversion.quantization.formats import INT4, INT8, Quantization
 from tests.conversion.models import CONFIGS, make_model
 
 LAYER = (48, 136, "bfloat16")
@@ -32,9 +32,12 @@ def test_layers_are_also_measured_fused(tmp_path: Path) -> None:
     expected = {(hidden, hidden), (kv, hidden), (inner, hidden), (hidden, inner)}
     expected |= {(hidden + 2 * kv, hidden), (2 * inner, hidden)}
     assert set(layers_of(tmp_path / "packed")) == {(*shape, "float16") for shape in expected}
-    save_packed(tmp_path / "model", tmp_path / "int8", quantization=Quantization(INT8, None))
-    with pytest.raises(InputError, match="quantized values"):
-        layers_of(tmp_path / "int8")
+    for quantization, values in ((Quantization(INT8, None), "int8"), (Quantization(INT4, 64), "int4 g64")):
+        save_packed(tmp_path / "model", tmp_path / values, quantization=quantization)
+        assert set(layers_of(tmp_path / values)) == {(*shape, values) for shape in expected}
+    save_packed(tmp_path / "model", tmp_path / "int4 g32", quantization=Quantization(INT4, 32))
+    with pytest.raises(InputError, match="groups must be a multiple of 64 columns, and 32 is not"):
+        layers_of(tmp_path / "int4 g32")
 
 
 class Scripted(Rehearsal):
@@ -69,6 +72,21 @@ def test_every_method_is_measured_until_it_is_hopeless() -> None:
     assert len(counted) == 5
     table = crossover.Table({LAYER: points}, crossover.DEVICES["H100"])
     assert [table.choose(M, LAYER, False).method for M in (1, 64, 100)] == ["small_m", "small_m", "expanded"]
+
+
+@pytest.mark.parametrize("values", ["int8", "int4 g64", "float8_e4m3fn"])
+def test_quantized_layers_are_measured(values: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine, layer = Rehearsal(), (48, 136, values)
+    for point in tune(machine, [layer], [1, 64])[layer]:
+        assert set(point.seconds) == {"dense", "small_m"} | ({"expanded"} if point.rows > 32 else set())
+    machine.has_cusparselt = True
+    monkeypatch.setattr(cusparselt, "fits", lambda *_: True)
+    monkeypatch.setattr(cusparselt, "compress", lambda dense: dense)
+    called = []
+    monkeypatch.setattr(cusparselt, "linear_rounding", lambda x, w, scale, bias: called.append((w.shape, scale.shape)))
+    (point,) = tune(machine, [layer], [1])[layer]
+    assert ("cusparselt" in point.seconds) == (values != "int4 g64")  # one scale a row
+    assert set(called) == ({((48, 136), (48,))} if values != "int4 g64" else set())
 
 
 def test_without_a_gpu_it_says_so() -> None:

@@ -23,7 +23,8 @@ DENSE = "dense"
 """In tables also: cuBLAS on a dense weight, to compare with."""
 
 Layer = tuple[int, int, str]
-"""out_features, columns, dtype without "torch."."""
+"""out_features, columns, and values as `values_name` says them."""
+_BITS = {"bfloat16": 16, "float16": 16, "int8": 8, "float8_e4m3fn": 8, "int4": 4}
 
 
 @dataclass(frozen=True)
@@ -62,21 +63,27 @@ DEVICES = {
 }
 
 
+def values_name(values: str, group_size: int | None) -> str:
+    """A dtype without "torch.", or a quantized format, and the columns that share a scale."""
+    return values if group_size is None else f"{values} g{group_size}"
+
+
 def modelled_device(name: str) -> Device:
     """The device of DEVICES whose name is part of `name`, or H100: only the ratio of the two numbers matters."""
     return next((device for known, device in DEVICES.items() if known in name), DEVICES["H100"])
 
 
-def modelled_seconds(method: Method, M: int, N: int, K: int, device: Device) -> float:
+def modelled_seconds(method: Method, M: int, layer: Layer, device: Device) -> float:
     """A guess, not a measurement: bytes over bandwidth or operations over a part of the peak, the longer of the two."""
-    launch = 3e-6
+    launch, (N, K, values) = 3e-6, layer
+    bits = _BITS[values.partition(" ")[0]]
     dense_bytes, flops, in_out = 2.0 * N * K, 2.0 * M * N * K, 2.0 * M * (N + K)
-    packed_bytes = dense_bytes * 9 / 16
+    packed_bytes = N * K * (bits / 2 + 1) / 8  # half of the values, and two bits for each of them
     if method == "small_m":  # reads the weight anew for each 64 rows
         memory = (packed_bytes * -(-M // 64) + in_out) / device.bandwidth
         return max(memory, flops / (0.4 * device.flops)) + launch
     if method == "cusparselt":  # 1.5 times cuBLAS where there is enough to do
-        tiles = 2.0 * max(M, 128) * N * K
+        tiles = 2.0 * max(M, 128) * N * K * bits / 16
         return max((packed_bytes + in_out) / device.bandwidth, tiles / (0.7 * 1.5 * device.flops)) + 3 * launch
     expansion = (packed_bytes + dense_bytes) / device.bandwidth
     product = max((dense_bytes + in_out) / device.bandwidth, flops / (0.7 * device.flops))
@@ -106,8 +113,7 @@ class Table:
         allowed = METHODS if with_cusparselt else tuple(method for method in METHODS if method != "cusparselt")
         measured = self.points.get(layer)
         if measured is None:
-            N, K, _ = layer
-            return Choice(min(allowed, key=lambda method: modelled_seconds(method, M, N, K, self.device)))
+            return Choice(min(allowed, key=lambda method: modelled_seconds(method, M, layer, self.device)))
         point = measured[min(bisect_left([point.rows for point in measured], M), len(measured) - 1)]
         known = [method for method in allowed if method in point.seconds]
         best = min(known, key=lambda method: point.seconds[method])
@@ -142,13 +148,13 @@ def save(points: dict[Layer, list[Point]], where: dict[str, Any]) -> Path:
         {
             "out_features": layer[0],
             "columns": layer[1],
-            "dtype": layer[2],
+            "values": layer[2],
             "points": [vars(point) for point in found],
         }
         for layer, found in merged.items()
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps({"version": 1, **where, "layers": layers}, indent=1) + "\n")
+    write_text(path, json.dumps({"version": 2, **where, "layers": layers}, indent=1) + "\n")
     return path
 
 
@@ -161,10 +167,10 @@ def _read(path: Path, where: dict[str, Any]) -> dict[Layer, list[Point]]:
     if not path.is_file():
         return {}
     stored = json.loads(path.read_text())
-    if any(stored.get(key) != value for key, value in {"version": 1, **where}.items()):
+    if any(stored.get(key) != value for key, value in {"version": 2, **where}.items()):
         return {}
     return {
-        (layer["out_features"], layer["columns"], layer["dtype"]): [Point(**point) for point in layer["points"]]
+        (layer["out_features"], layer["columns"], layer["values"]): [Point(**point) for point in layer["points"]]
         for layer in stored["layers"]
     }
 

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from cast_serve.kernels.cuda.linear import quantize_rows
 from conversion.packed import unpack24
 
 
@@ -14,6 +15,11 @@ def fits(out_features: int, columns: int, itemsize: int = 2) -> bool:
     """Whether a weight [out_features, columns] of a type of 2 bytes, or 1, can be compressed."""
     unit = 32 // itemsize
     return out_features % unit == 0 and columns % unit == 0
+
+
+def takes(values: torch.dtype, group_size: int | None, out_features: int, columns: int) -> bool:
+    """Whether `compress_codes` takes a quantized weight: its scales must be one a row."""
+    return group_size is None and values in (torch.int8, torch.float8_e4m3fn) and fits(out_features, columns, 1)
 
 
 def compress(dense: Tensor) -> Tensor:
@@ -51,6 +57,11 @@ def linear_8_bit(x: Tensor, x_scale: Tensor, compressed: Tensor, w_scale: Tensor
     product = torch._cslt_sparse_mm(compressed, _rows(x).t(), out_dtype=torch.bfloat16, transpose_result=True)[:M]
     y = product * x_scale[:, None] * w_scale
     return (y if bias is None else y + bias).to(torch.bfloat16)
+
+
+def linear_rounding(x: Tensor, compressed: Tensor, w_scale: Tensor, bias: Tensor | None) -> Tensor:
+    """`linear_8_bit` on x [M, K] bfloat16 or float16, rounded row by row to the weight's type."""
+    return linear_8_bit(*quantize_rows(x, compressed.dtype), compressed, w_scale, bias)
 
 
 def search(x: Tensor, compressed: Tensor) -> int:

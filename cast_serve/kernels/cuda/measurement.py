@@ -11,11 +11,13 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from cast_serve.kernels.cuda import cusparselt
-from cast_serve.kernels.cuda.layout import from_fragments, to_fragments
+from cast_serve.kernels.cuda.layout import from_fragments
 from cast_serve.kernels.cuda.linear import TYPES, Launch, expand, multiprocessors, quantize_rows, small_m_linear
+from cast_serve.kernels.cuda.random_weights import QuantizedWeight, Weight
 from cast_serve.kernels.cuda.small_m import Plan, Variant, source
 from cast_serve.kernels.cuda.timing import copies, copy_bandwidth, seconds_per_call
 from cast_serve.kernels.cuda.weight_only import weight_only_linear
+from conversion.quantization.formats import Quantization
 
 Call = Callable[[], object]
 
@@ -64,24 +66,6 @@ class Gpu:
         return lambda _, *launch: loaded.launch(*launch)
 
 
-class Weight:
-    """A random 2:4 weight [N, K], made on the device: in fragments, and dense as float32."""
-
-    def __init__(self, N: int, K: int, dtype: torch.dtype, device: torch.device) -> None:
-        values = random_values(N, K // 2, dtype, device)
-        kept = torch.rand(N, K // 4, 4, device=device).topk(2).indices.sort(-1).values
-        dense = torch.zeros(N, K // 4, 4, device=device).scatter_(-1, kept, values.float().view(N, K // 4, 2))
-        nibbles = (1 << kept).sum(-1).view(N, K // 8, 2)
-        self.dense = dense.view(N, K)
-        self.packed = to_fragments(values, (nibbles[..., 0] | nibbles[..., 1] << 4).to(torch.uint8))
-
-
-def random_values(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Normal ones; those of 8-bit types use most of the type's range."""
-    values = torch.randn(rows, columns, device=device)
-    return (values * 24).clamp(-127, 127).to(dtype) if dtype.itemsize == 1 else values.to(dtype)
-
-
 @dataclass(frozen=True)
 class Candidate:
     """One way to compute a layer.
@@ -98,7 +82,7 @@ class Candidate:
 
 
 class Layer:
-    """Copies of one random weight [N, K] in every form."""
+    """Copies of one random weight [N, K] of 16 bits in every form."""
 
     def __init__(self, N: int, K: int, machine: Gpu, dtype: torch.dtype = torch.bfloat16) -> None:
         self.N, self.K, self.machine, self.dtype = N, K, machine, dtype
@@ -148,4 +132,42 @@ class Layer:
                 algorithm = 0
             multiply = [partial(cusparselt.linear, next(x), weight, None, algorithm) for weight in self.compressed]
             found["cusparselt"] = Candidate(multiply, self.packed_bytes, algorithm)
+        return found
+
+
+class QuantizedLayer:
+    """Copies of one random quantized weight [N, K] in every form, and of a dense one of 16 bits; x is bfloat16."""
+
+    def __init__(self, N: int, K: int, machine: Gpu, quantization: Quantization) -> None:
+        self.N, self.K, self.machine, self.quantization = N, K, machine, quantization
+        values, group_size = quantization.values, quantization.group_size
+        first = QuantizedWeight(N, K, values, group_size, machine.device)
+        dense = first.dense.bfloat16()
+        self.dense = [dense.clone() for _ in range(machine.copies(dense.nbytes))]
+        self.packed = [first.packed.clone() for _ in range(machine.copies(first.packed.nbytes))]
+        self.compressed: list[Tensor] = []
+        if machine.has_cusparselt and cusparselt.takes(values.dtype, group_size, N, K):
+            compressed = cusparselt.compress_codes(first.stored, first.bitmask)
+            self.compressed = [compressed.clone() for _ in range(machine.copies(compressed.nbytes))]
+        self.scale = first.scale.flatten()
+
+    def candidates(self, M: int) -> dict[str, Candidate]:
+        """By name, as `Layer.candidates`."""
+        machine, bits, group_size = self.machine, self.quantization.values.bits, self.quantization.group_size
+        x = cycle([torch.randn(M, self.K, device=machine.device).bfloat16() for _ in range(8)])
+
+        def packed(expanded: bool) -> Candidate:
+            call = partial(machine.weight_only, expanded=expanded)
+            calls = [partial(call, next(x), weight, self.N, bits, group_size) for weight in self.packed]
+            return Candidate(calls, self.packed[0].nbytes)
+
+        found = {
+            "dense": Candidate([partial(linear, next(x), dense) for dense in self.dense], self.dense[0].nbytes),
+            "small_m": packed(expanded=False),
+        }
+        if M > 32:
+            found["expanded"] = packed(expanded=True)
+        if self.compressed:
+            calls = [partial(cusparselt.linear_rounding, next(x), w, self.scale, None) for w in self.compressed]
+            found["cusparselt"] = Candidate(calls, self.compressed[0].nbytes)
         return found

@@ -4,9 +4,9 @@
     y = torch.ops.cast24.linear_quantized_cuda(x, panels, compressed, out_features, bits, group_size, bias=None)
 
 `linear`, `linear_packed`, `linear_quantized` and `quantized_rows` have the schemas that they have on the CPU, and take
-what `prepack` and `prepack_quantized` return there for CUDA tensors. linear_cuda also takes cuSPARSELt's copy of the
-weight, or None, and uses it where that is the fastest; linear_quantized_cuda uses it for more than 64 rows of x, which
-it rounds to 8 bits then. All take x of any shape [..., K] and strides, rounded to a 16-bit type, and return x's dtype.
+what `prepack` and `prepack_quantized` return there for CUDA tensors. The other two also take cuSPARSELt's copy of the
+weight, or None; which product is the fastest at x's rows `crossover` says. linear_quantized_cuda rounds x to 8 bits for
+cuSPARSELt. All take x of any shape [..., K] and strides, rounded to a 16-bit type, and return x's dtype.
 """
 
 from collections.abc import Callable
@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from cast_serve.kernels.cuda import cusparselt, dense_quantized
-from cast_serve.kernels.cuda.crossover import table
-from cast_serve.kernels.cuda.linear import check, expand, is_portable, prepack, quantize_rows, small_m_linear
-from cast_serve.kernels.cuda.small_m import MAX_ROWS
+from cast_serve.kernels.cuda.crossover import table, values_name
+from cast_serve.kernels.cuda.linear import check, expand, is_portable, prepack, small_m_linear
 from cast_serve.kernels.cuda.weight_only import parts, weight_only_linear
 from conversion.errors import InputError
 
@@ -95,12 +94,15 @@ def linear_quantized_cuda(
 ) -> Tensor:
     """`linear_quantized`; `compressed` is cuSPARSELt's copy of an int8 or fp8 weight with one scale a row, or None."""
     rows, bias = _in_16_bits(x, out_features, bias)
-    if compressed is not None and rows.shape[0] > MAX_ROWS:
-        rounded, x_scale = quantize_rows(rows, compressed.dtype)
+    values = "float8_e4m3fn" if panels.dtype == torch.float8_e4m3fn else f"int{bits}"
+    layer = (out_features, x.shape[-1], values_name(values, group_size or None))
+    choice = table(x.device.index).choose(rows.shape[0], layer, compressed is not None)
+    if choice.method == "cusparselt" and compressed is not None and len(rows):
         scale = parts(panels, out_features, x.shape[-1], bits, None).scale.flatten()[:out_features]
-        y = cusparselt.linear_8_bit(rounded, x_scale, compressed, scale, bias)
+        y = cusparselt.linear_rounding(rows, compressed, scale, bias)
     else:
-        y = weight_only_linear(rows, panels, out_features, bits, group_size or None, bias)
+        expanded = choice.method == "expanded"
+        y = weight_only_linear(rows, panels, out_features, bits, group_size or None, bias, expanded=expanded)
     return y.view(*x.shape[:-1], out_features).to(x.dtype)
 
 

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import torch
 
-from cast_serve.kernels.cuda.crossover import DENSE, METHODS, Layer, Point
+from cast_serve.kernels.cuda import measurement
+from cast_serve.kernels.cuda.crossover import DENSE, METHODS, Layer, Point, values_name
 from cast_serve.kernels.cuda.measurement import Gpu
-from cast_serve.kernels.cuda.measurement import Layer as MeasuredLayer
-from conversion.errors import InputError
+from cast_serve.kernels.cuda.weight_only import check_group_size
 from conversion.packed_checkpoint import PackedCheckpoint
+from conversion.quantization.formats import FORMATS, Quantization
 
 ROWS = tuple(1 << power for power in range(14))
 """1 to 8192."""
@@ -23,23 +24,29 @@ def layers_of(directory: Path) -> list[Layer]:
     """The packed layers of a checkpoint by shape, also fused (qkv, gate and up) as vLLM runs them.
 
     Raises:
-        InputError: not a packed checkpoint, or one whose values are quantized, for which GPUs have no choice yet.
+        InputError: not a packed checkpoint, or one with groups of columns that GPUs have no kernel for.
     """
     checkpoint = PackedCheckpoint(directory)
-    if checkpoint.quantization is not None:
-        raise InputError(f"{directory} holds quantized values, and there is nothing to tune for those yet")
-    # GPUs run 16-bit weights; what is stored as float32 becomes bfloat16 there
-    dtype = checkpoint.value_dtype if checkpoint.value_dtype.itemsize == 2 else torch.bfloat16
-    name_of_dtype = str(dtype).removeprefix("torch.")
+    values = _values(checkpoint)
     shapes = {name: checkpoint.linear_shape(name) for name in checkpoint.sparse_layers}
-    found = [(*shape, name_of_dtype) for shape in shapes.values()]
+    found = [(*shape, values) for shape in shapes.values()]
     for parts in _FUSED:
         for name, (_, columns) in shapes.items():
             stem = name.removesuffix(parts[0])
             together = [shapes[stem + part] for part in parts if stem + part in shapes]
             if name.endswith(parts[0]) and len(together) == len(parts):
-                found.append((sum(rows for rows, _ in together), columns, name_of_dtype))
+                found.append((sum(rows for rows, _ in together), columns, values))
     return sorted(set(found))
+
+
+def _values(checkpoint: PackedCheckpoint) -> str:
+    quantization = checkpoint.quantization
+    if quantization is not None:
+        check_group_size(quantization.group_size)
+        return values_name(quantization.values.name, quantization.group_size)
+    # GPUs run 16-bit weights; what is stored as float32 becomes bfloat16 there
+    dtype = checkpoint.value_dtype if checkpoint.value_dtype.itemsize == 2 else torch.bfloat16
+    return values_name(str(dtype).removeprefix("torch."), None)
 
 
 def tune(
@@ -50,8 +57,7 @@ def tune(
 
 
 def _tune_layer(machine: Gpu, layer: Layer, rows: Sequence[int], advance: Callable[[int], None]) -> list[Point]:
-    N, K, dtype = layer
-    measured = MeasuredLayer(N, K, machine, getattr(torch, dtype))
+    measured = _copies(machine, layer)
     points: list[Point] = []
     hopeless: set[str] = set()
     for M in rows:
@@ -72,6 +78,15 @@ def _tune_layer(machine: Gpu, layer: Layer, rows: Sequence[int], advance: Callab
         points.append(Point(M, seconds, algorithm))
         advance(1)
     return points
+
+
+def _copies(machine: Gpu, layer: Layer) -> measurement.Layer | measurement.QuantizedLayer:
+    N, K, values = layer
+    name, _, group_size = values.partition(" g")
+    if name not in FORMATS:
+        return measurement.Layer(N, K, machine, getattr(torch, name))
+    quantization = Quantization(FORMATS[name], int(group_size) if group_size else None)
+    return measurement.QuantizedLayer(N, K, machine, quantization)
 
 
 def _best(point: Point) -> float:

@@ -58,10 +58,7 @@ def pack(values: Tensor, bitmask: Tensor, scale: Tensor, group_size: int | None)
     Raises:
         InputError: groups that the kernel has no multiple of, wrong shapes, or a damaged bitmask.
     """
-    if group_size is not None and group_size % STEP:
-        raise InputError(
-            f"on GPUs groups must be a multiple of {STEP} columns, and {group_size} is not: quantize again"
-        )
+    check_group_size(group_size)
     floats, bits = values.dtype == torch.float8_e4m3fn, 4 if values.dtype == torch.uint8 else 8
     prepare(_types(bits, floats, torch.get_default_dtype()), values.device)
     codes = values.view(torch.uint8) if floats else values if bits == 8 else decode(values, INT4).to(torch.int8)
@@ -83,6 +80,14 @@ def pack(values: Tensor, bitmask: Tensor, scale: Tensor, group_size: int | None)
     scales = scales.view(row_tiles, ROWS, groups).transpose(1, 2)
     packed = torch.cat([part.contiguous().view(torch.uint8).flatten() for part in (stored, metadata, scales)])
     return packed.view(torch.float8_e4m3fn) if floats else packed
+
+
+def check_group_size(group_size: int | None) -> None:
+    """InputError if the kernel has no such groups."""
+    if group_size is not None and group_size % STEP:
+        raise InputError(
+            f"on GPUs groups must be a multiple of {STEP} columns, and {group_size} is not: quantize again"
+        )
 
 
 def _types(bits: int, floats: bool, dtype: torch.dtype) -> Types:
@@ -114,20 +119,20 @@ def weight_only_linear(
     group_size: int | None,
     bias: Tensor | None = None,
     *,
-    max_rows: int = 64,
+    expanded: bool = False,
     cut: Plan | None = None,
     launch: Launch | None = None,
 ) -> Tensor:
     """x [M, K] bfloat16 or float16 times what `pack` returns, plus bias of x's dtype: [M, out_features] of x's dtype.
 
     Args:
-        max_rows: of x, past which the weight is made dense for the call, and cuBLAS multiplies.
+        expanded: make the weight dense for the call, and let cuBLAS multiply.
     """
-    M, K = x.shape
+    K = x.shape[1]
     fragments, metadata, scale = parts(packed, out_features, K, bits, group_size)
     types = _types(bits, packed.dtype == torch.float8_e4m3fn, x.dtype)
     group_steps = metadata.shape[1] if group_size is None else group_size // STEP
-    if max_rows < M:
+    if expanded:
         dense = expand(
             *(fragments, metadata, out_features, K),
             w_scale=scale,
