@@ -10,6 +10,7 @@ import typer
 class Target(StrEnum):
     packed = "packed"
     onnx = "onnx"
+    tensorrt = "tensorrt"
 
 
 class Quantize(StrEnum):
@@ -34,7 +35,10 @@ def convert(
     out: Annotated[Path, typer.Argument(help="Directory to make.")],
     to: Annotated[
         Target,
-        typer.Option(help="packed: the portable checkpoint. onnx: what the CPU engine runs, also for dense models."),
+        typer.Option(
+            help="packed: the portable checkpoint. onnx: what the CPU engine runs, also for dense models. tensorrt: "
+            "for ONNX Runtime's TensorRT provider (pip install 'cast-serve[tensorrt]')."
+        ),
     ] = Target.packed,
     value_dtype: Annotated[
         ValueDtype | None, typer.Option(help="Round kept values to this dtype. Default: as the source has them.")
@@ -87,13 +91,22 @@ def convert(
     dense_quantization = None if embedding is None else Quantization.named(embedding.value)
     if quantize is None and (group_size is not None or calibration):
         raise InputError("--group-size and --calibration are for quantized values: name a format with --quantize")
-    if to is Target.packed and float_activations:
+    if to is not Target.onnx and float_activations:
         raise InputError("--float-activations is for what the CPU engine runs: add --to onnx")
-    if to is Target.onnx:
+    if to is not Target.packed:
         if verify:
             raise InputError("--verify checks packed checkpoints: convert with --to packed --verify first")
         if quantize is not None:
-            raise InputError("--quantize makes packed checkpoints: leave --to onnx out")
+            raise InputError(f"--quantize makes packed checkpoints: leave --to {to.value} out")
+    if to is Target.tensorrt:
+        if embedding is not None:
+            raise InputError("--embedding makes packed checkpoints: leave --to tensorrt out")
+        from conversion.onnx.tensorrt import export_tensorrt
+
+        export_tensorrt(source, out, dtype, overwrite=overwrite)
+        print(f"made {out}: onnxruntime.InferenceSession takes its model.onnx, and the providers in providers.json")
+        return
+    if to is Target.onnx:
         from conversion.onnx import export
 
         export(

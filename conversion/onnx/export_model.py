@@ -110,7 +110,7 @@ def export(
         fuse_steps(graph)
         RemoveUnusedNodesPass()(graph)
         _save(graph, building, show_progress)
-        _copy_companions(source.directory, building)
+        copy_companions(source.directory, building)
         manifest = _manifest(source, model, graph, dtype)
         (building / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
 
@@ -184,7 +184,7 @@ def _weights(graph: ir.Model) -> list[ir.TensorProtocol]:
     return [value.const_value for value in graph.graph.initializers.values() if value.const_value is not None]
 
 
-def _copy_companions(source: Path, directory: Path) -> None:
+def copy_companions(source: Path, directory: Path) -> None:
     """Copy config and tokenizer; make tokenizer.json and chat_template.jinja where the source has older forms."""
     config = json.loads((source / "config.json").read_text())
     config.pop("quantization_config", None)
