@@ -25,16 +25,22 @@ FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off
 AVX512_TUNING = ["-mtune=skylake-avx512", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"]
 # Written in the compiler's vectors, which have no fused multiply-add of their own.
-COMPILERS_VECTORS = ["-ffp-contract=fast"]
+COMPILERS_VECTORS = {"elementwise.cpp": ["-ffp-contract=fast"], "paged_attention.cpp": ["-ffp-contract=fast"]}
 FILE_FLAGS = {
-    "avx2.cpp": ["-mavx2", "-mfma"],
-    "avx512.cpp": [*AVX512, *AVX512_TUNING],
-    "avx512bf16.cpp": [*AVX512, "-mavx512vbmi", "-mavx512bf16", *AVX512_TUNING],
-    "avx512vnni.cpp": [*AVX512, "-mavx512vnni", "-mavx512vbmi", *AVX512_TUNING],
-    "elementwise.cpp": COMPILERS_VECTORS,
-    "paged_attention.cpp": COMPILERS_VECTORS,
+    "x86_64": {
+        "avx2.cpp": ["-mavx2", "-mfma"],
+        "avx512.cpp": [*AVX512, *AVX512_TUNING],
+        "avx512bf16.cpp": [*AVX512, "-mavx512vbmi", "-mavx512bf16", *AVX512_TUNING],
+        "avx512vnni.cpp": [*AVX512, "-mavx512vnni", "-mavx512vbmi", *AVX512_TUNING],
+    },
+    "aarch64": {"neondot.cpp": ["-march=armv8.2-a+dotprod"]},
 }
-X86 = os.uname().machine in ("x86_64", "amd64")
+MACHINE = os.uname().machine
+
+
+def flags_of(source: Path, machine: str) -> list[str]:
+    """Flags that a source has for itself on a machine (`uname -m`)."""
+    return COMPILERS_VECTORS.get(source.name, []) + FILE_FLAGS.get(machine, {}).get(source.name, [])
 
 
 def compiler() -> list[str]:
@@ -54,8 +60,8 @@ def compile_sources(sources: list[Path], flags: list[str]) -> list[str]:
         target = OBJECTS / source.relative_to(CSRC).with_suffix(".o")
         if not target.exists() or target.stat().st_mtime < max(source.stat().st_mtime, newest_header):
             target.parent.mkdir(parents=True, exist_ok=True)
-            file_flags = FILE_FLAGS.get(source.name, []) if X86 else []
-            subprocess.run([*compiler(), *FLAGS, *flags, *file_flags, "-c", str(source), "-o", str(target)], check=True)
+            own = flags_of(source, MACHINE)
+            subprocess.run([*compiler(), *FLAGS, *flags, *own, "-c", str(source), "-o", str(target)], check=True)
         return str(target)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:

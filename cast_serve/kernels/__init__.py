@@ -6,6 +6,7 @@ imports it: serving on ONNX Runtime needs only `library_path`.
 """
 
 import ctypes
+import platform
 import sys
 from functools import cache
 from pathlib import Path
@@ -18,8 +19,11 @@ if TYPE_CHECKING:
 
 __all__ = ["ISAS", "isa", "library", "library_path", "prepack", "prepack_quantized", "set_isa"]
 
-ISAS = ("avx512bf16", "avx512vnni", "avx512", "avx2", "portable")
-"""Instruction sets that the kernels are written for, best first."""
+ISAS = {
+    "x86_64": ("avx512bf16", "avx512vnni", "avx512", "avx2", "portable"),
+    "aarch64": ("neondot", "neon", "portable"),
+}.get(platform.machine(), ("portable",))
+"""Instruction sets that the kernels are written for on this kind of machine, best first."""
 
 
 def library_path() -> Path:

@@ -28,6 +28,21 @@ def test_kernels_are_right_under_sanitizers(tmp_path: Path) -> None:
     assert f"{kernels.isa()}: " in result.stdout
 
 
+ARM = "aarch64-linux-gnu-g++"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (shutil.which(ARM) and shutil.which("qemu-aarch64-static")), reason=f"no {ARM} or no emulator")
+def test_kernels_are_right_on_arm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the dot product of ARMv8.2, and on a CPU that lacks it."""
+    monkeypatch.setenv("CXX", f"{ARM} -static")
+    program = build(tmp_path, machine="aarch64")
+    for cpu, isas in (("max", {"neondot", "neon", "portable"}), ("cortex-a53", {"neon", "portable"})):
+        result = subprocess.run(["qemu-aarch64-static", "-cpu", cpu, program], capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        assert set(re.findall(r"^(\w+): \d+ results are right$", result.stdout, re.MULTILINE)) == isas
+
+
 def test_the_engine_runs_on_every_instruction_set(isa: str, tiny: Tiny) -> None:
     engine = Engine(tiny.onnx)
     try:
@@ -66,7 +81,7 @@ def functions_with_vectors_beyond_sse(library: Path) -> set[str]:
     return found
 
 
-@pytest.mark.skipif(not setup_script().X86, reason="not x86")
+@pytest.mark.skipif(setup_script().MACHINE != "x86_64", reason="not x86")
 @pytest.mark.skipif(shutil.which("objdump") is None, reason="no objdump")
 def test_no_avx_instruction_is_outside_the_files_compiled_for_it() -> None:
     library = kernels.library_path()
@@ -81,14 +96,21 @@ def test_no_avx_instruction_is_outside_the_files_compiled_for_it() -> None:
     assert {files.get(name) for name in vectors} >= {*OWN_PATH, *MARKED}  # the search finds what there is
 
 
-@pytest.mark.skipif(not setup_script().X86, reason="not x86")
+@pytest.mark.skipif(setup_script().MACHINE != "x86_64", reason="not x86")
 @pytest.mark.parametrize("file", OWN_PATH)
 def test_files_with_instructions_of_their_own_share_no_function(file: str, tmp_path: Path) -> None:
     """A weak function is one that the linker may take for every file that has it: the classic way to SIGILL."""
     setup = setup_script()
     target = tmp_path / "object.o"
     # O1: inlining would hide a shared function here, but not in another compiler's build
-    command = [*setup.compiler(), *setup.FLAGS, "-O1", *setup.FILE_FLAGS[file], "-c", setup.ROOT / setup.CSRC / file]
+    command = [
+        *setup.compiler(),
+        *setup.FLAGS,
+        "-O1",
+        *setup.flags_of(Path(file), "x86_64"),
+        "-c",
+        setup.ROOT / setup.CSRC / file,
+    ]
     subprocess.run([*command, "-o", target], check=True)
     symbols = subprocess.run(["nm", "-C", target], capture_output=True, text=True, check=True).stdout
     assert not [line for line in symbols.splitlines() if re.match(r"[0-9a-f]* *[TWViu] ", line)]
@@ -97,6 +119,7 @@ def test_files_with_instructions_of_their_own_share_no_function(file: str, tmp_p
 def test_only_files_chosen_at_run_time_have_instruction_set_flags() -> None:
     setup = setup_script()
     assert not [flag for flag in setup.FLAGS if flag.startswith("-m")]
-    for file, flags in setup.FILE_FLAGS.items():
-        assert file in OWN_PATH or not [flag for flag in flags if flag.startswith("-m")]
-        assert not [flag for flag in flags if flag.startswith("-march")]
+    assert set(setup.FILE_FLAGS["x86_64"]) == set(OWN_PATH)
+    assert set(setup.FILE_FLAGS["aarch64"]) == {"neondot.cpp"}
+    assert not [flag for flags in setup.COMPILERS_VECTORS.values() for flag in flags if flag.startswith("-m")]
+    assert not [flag for flags in setup.FILE_FLAGS["x86_64"].values() for flag in flags if flag.startswith("-march")]

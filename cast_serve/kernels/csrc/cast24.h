@@ -99,8 +99,8 @@ CAST24_API void cast24_linear_quantized(const float* x, const uint8_t* panels, c
 CAST24_API void cast24_quantized_rows(const int64_t* rows, int64_t count, const uint8_t* panels, int64_t K, int bits,
                                       int64_t group, float* out);
 
-/* Name of the instruction set in use: "avx512bf16", "avx512vnni", "avx512", "avx2" or "portable". The best one that CPU and operating system
- * support, unless the environment variable CAST24_ISA or cast24_set_isa names another. */
+/* Name of the instruction set in use: "avx512bf16", "avx512vnni", "avx512", "avx2", "neondot", "neon" or "portable". The best
+ * one that CPU and operating system support, unless the environment variable CAST24_ISA or cast24_set_isa names another. */
 CAST24_API const char* cast24_isa(void);
 
 /* Use the named instruction set from now on. Returns 0, or -1 (nothing changed) if it is unknown or the CPU lacks it. */

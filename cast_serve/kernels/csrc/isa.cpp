@@ -8,6 +8,11 @@
 
 #include "cast24.h"
 
+#if defined(__aarch64__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
+
 namespace cast24 {
 namespace {
 
@@ -34,6 +39,9 @@ const Candidate* candidates(int* count) {
       {&kAvx512Vnni, avx512vnni()},
       {&kAvx512, avx512()},
       {&kAvx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
+#elif defined(__aarch64__)
+      {&kNeonDot, (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0},
+      {&kNeon, true},
 #endif
       {&kPortable, true},
   };

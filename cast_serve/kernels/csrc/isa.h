@@ -67,6 +67,9 @@ extern const Isa kAvx512Vnni;
 extern const Isa kAvx512Bf16;
 extern const PairKernels kPairsAvx512;
 extern const QuantizedKernels kQuantizedVnni;
+#elif defined(__aarch64__)
+extern const Isa kNeon;
+extern const Isa kNeonDot;
 #endif
 
 const Isa& isa();

@@ -12,14 +12,18 @@ CSRC = ROOT / "cast_serve" / "kernels" / "csrc"
 SANITIZE = ("-O1", "-g", "-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize-recover=all")
 
 
-def build(folder: Path, flags: Sequence[str] = ()) -> Path:
-    """Compile into `folder`, with `flags` added to setup.py's, and return the program."""
+def build(folder: Path, flags: Sequence[str] = (), machine: str | None = None) -> Path:
+    """Compile into `folder`, with `flags` added to setup.py's, and return the program.
+
+    Args:
+        machine: what the compiler that CXX names compiles for, where it is not this one.
+    """
     setup = setup_script()
 
     def compile_one(source: Path) -> str:
         target = folder / f"{source.stem}.o"
-        file_flags = setup.FILE_FLAGS.get(source.name, []) if setup.X86 else []
-        command = [*setup.compiler(), *setup.FLAGS, *flags, *file_flags, f"-I{CSRC}", "-c", source, "-o", target]
+        own = setup.flags_of(source, machine or setup.MACHINE)
+        command = [*setup.compiler(), *setup.FLAGS, *flags, *own, f"-I{CSRC}", "-c", source, "-o", target]
         subprocess.run(command, check=True)
         return str(target)
 

@@ -464,7 +464,7 @@ void check_all() {
 int main(int count, char** names) {
   require(cast24_set_isa("avx1024") == -1 && cast24_set_isa("") == -1 && cast24_set_isa(nullptr) == -1, "an unknown name is taken");
   std::vector<std::string> wanted(names + 1, names + count);
-  if (wanted.empty()) wanted = {"avx512bf16", "avx512vnni", "avx512", "avx2", "portable"};
+  if (wanted.empty()) wanted = {"avx512bf16", "avx512vnni", "avx512", "avx2", "neondot", "neon", "portable"};
   for (const std::string& isa : wanted) {
     if (cast24_set_isa(isa.c_str()) != 0) {
       std::printf("%s: not on this CPU\n", isa.c_str());
