@@ -98,7 +98,7 @@ def test_presets_give_every_method_the_same_budget() -> None:
     for method in BASELINES:
         own = dict(CONFIGS[method].preset("quick"))
         different = {name for name, value in shared.items() if own[name] != value}
-        assert different <= {"mask_interval", "temperature"}
+        assert different <= {"mask_interval", "temperature", "lr"}
 
 
 @pytest.mark.parametrize("method", ["gmp", "magnitude"])
