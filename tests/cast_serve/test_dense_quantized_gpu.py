@@ -49,7 +49,8 @@ def test_it_multiplies(
     assert y.dtype == dtype
     expected = x.double() @ dense.double().T + (0.0 if added is None else added.double())
     error = (y.double() - expected).abs() / (x.double().abs() @ dense.double().abs().T)
-    assert error.max() < 2 ** -(8 if dtype == torch.bfloat16 else 11)  # y's rounding alone
+    # y's rounding alone: the interpreter cuts float32 off to bfloat16, where a GPU rounds
+    assert error.max() < 2 ** -(7 if dtype == torch.bfloat16 else 11)
 
 
 @pytest.mark.parametrize("quantization", [ROWS_INT8, GROUPS_INT8, *GROUPS_INT4], ids=label)
