@@ -27,7 +27,6 @@ from pathlib import Path
 import torch
 
 from cast_serve.kernels import library
-from cast_serve.kernels.cuda import dense_quantized, weight_only
 from cast_serve.kernels.cuda import linear as cuda_linear
 from cast_serve.kernels.cuda import torch_ops as cuda_ops
 from conversion.errors import InputError
@@ -93,10 +92,7 @@ def prepack_quantized(
         InputError: wrong shapes or dtypes, or a group that does not keep exactly two (named by row and group).
     """
     if values.is_cuda:
-        bits = 4 if values.dtype == torch.uint8 else 8
-        if bitmask is None:
-            return dense_quantized.pack(values, scale, group_size), bits, group_size or 0
-        return weight_only.pack(values, bitmask, scale, group_size), bits, group_size or 0
+        return cuda_ops.prepack_quantized(values, bitmask, scale, group_size)
     if values.dtype not in (torch.int8, torch.uint8) or values.dim() != 2:
         raise InputError(f"prepack: quantized values must be int8 or uint8 matrices, not {values.dtype}")
     bits = 8 if values.dtype == torch.int8 else 4

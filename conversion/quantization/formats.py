@@ -88,7 +88,7 @@ class Quantization:
 
     def groups(self, columns: int) -> int:
         """Scales per row of a weight with this many dense columns."""
-        return 1 if self.group_size is None else -(-columns // self.group_size)
+        return groups_of(columns, self.group_size)
 
     def by_group(self, dense: Tensor) -> Tensor:
         """[N, K] -> [N, G, columns of a group], a short last group filled up with zeros."""
@@ -103,6 +103,11 @@ class Quantization:
     def stored_shape(self, rows: int, codes: int) -> tuple[int, int]:
         """Shape of weight_values of `rows` rows with so many codes each: K / 2 of a 2:4 weight, K of a dense one."""
         return rows, codes * self.values.bits // 8
+
+
+def groups_of(columns: int, group_size: int | None) -> int:
+    """Groups of `group_size` that so many columns make, the last one maybe shorter; None is one for all."""
+    return 1 if group_size is None else -(-columns // group_size)
 
 
 def encode(codes: Tensor, value_format: ValueFormat) -> Tensor:

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from cast_serve.kernels.cuda import cusparselt, linear, torch_ops, weight_only
+from cast_serve.kernels.cuda import cusparselt, linear, torch_ops
 from cast_serve.kernels.cuda.crossover import DEVICES, Table
 from cast_serve.torch_model import modules
 from cast_serve.torch_model.gpu_linear import GpuQuantizedLinear, GpuSparseLinear
@@ -71,7 +71,7 @@ def compressed(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     monkeypatch.setattr(cusparselt, "compress", lambda dense: given.append(dense) or dense)
     monkeypatch.setattr(torch, "_cslt_sparse_mm", multiply)
     # prepack asks the tensors where they are
-    monkeypatch.setattr(modules, "prepack_quantized", lambda v, b, s, g: (weight_only.pack(v, b, s, g), 8, g or 0))
+    monkeypatch.setattr(modules, "prepack_quantized", torch_ops.prepack_quantized)
     return given
 
 

@@ -18,7 +18,7 @@ from conversion.onnx import export
 from conversion.packed_checkpoint import PackedCheckpoint
 from conversion.quantization.formats import FP8, INT4, INT8, Quantization
 from tests.cast_serve.tiny_llama import Tiny
-from tests.conversion.models import CONFIGS, make_model
+from tests.conversion.models import CONFIGS, make_model, packed
 
 TOKENS = torch.tensor([[5, 17, 3, 88, 41, 2, 60, 8, 93, 55], [9, 33, 12, 71, 4, 7, 11, 13, 54, 1]])
 INT8_ROWS, INT4_GROUPS = Quantization(INT8, None), Quantization(INT4, 32)
@@ -26,13 +26,6 @@ INT8_ROWS, INT4_GROUPS = Quantization(INT8, None), Quantization(INT4, 32)
 
 def label(quantization: Quantization | None) -> str:
     return "float" if quantization is None else f"{quantization.values.name}-{quantization.group_size}"
-
-
-def packed(folder: Path, name: str, **how: object) -> Path:
-    """A packed checkpoint of the random model `name`."""
-    make_model(CONFIGS[name], sparse=True).save_pretrained(folder / "model")
-    save_packed(folder / "model", folder / "packed", **how)  # type: ignore[arg-type]
-    return folder / "packed"
 
 
 def relative_error(directory: Path, logits: Tensor) -> float:

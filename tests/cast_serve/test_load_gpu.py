@@ -1,13 +1,12 @@
 """`cast_serve.load` for a GPU, with the emulation and Triton's interpreter in the GPU's place."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 import cast_serve
-from cast_serve.kernels.cuda import dense_quantized, linear, torch_ops, weight_only
+from cast_serve.kernels.cuda import linear, torch_ops
 from cast_serve.kernels.cuda.crossover import DEVICES, Table
 from cast_serve.torch_model import load, modules
 from cast_serve.torch_model.gpu_linear import GpuQuantizedLinear, GpuSparseLinear
@@ -15,7 +14,8 @@ from conversion.packed_checkpoint import PackedCheckpoint
 from conversion.quantization.formats import FP8, INT4, Quantization
 from tests.cast_serve.conftest import Interpreted
 from tests.cast_serve.cuda_emulation.runner import Emulation, Launcher
-from tests.cast_serve.test_load import INT8_ROWS, TOKENS, packed, relative_error
+from tests.cast_serve.test_load import INT8_ROWS, TOKENS, relative_error
+from tests.conversion.models import packed
 
 
 @pytest.fixture
@@ -27,16 +27,10 @@ def in_place_of_the_gpu(emulation: Emulation, interpreted: Interpreted, monkeypa
     for name in ("linear_cuda", "linear_quantized_cuda", "linear_quantized", "quantized_rows"):
         monkeypatch.setattr(torch.ops.cast24, name, getattr(torch_ops, name), raising=False)
 
-    def prepack(values: Any, bitmask: Any, scale: Any, group: int | None = None) -> tuple[Any, int, int]:
-        bits = 4 if values.dtype == torch.uint8 else 8
-        if bitmask is None:
-            return dense_quantized.pack(values, scale, group), bits, group or 0
-        return weight_only.pack(values, bitmask, scale, group), bits, group or 0
-
     def kind(checkpoint: PackedCheckpoint, _: torch.device) -> type[modules.PackedLinear]:
         return GpuSparseLinear if checkpoint.quantization is None else GpuQuantizedLinear
 
-    monkeypatch.setattr(modules, "prepack_quantized", prepack)
+    monkeypatch.setattr(modules, "prepack_quantized", torch_ops.prepack_quantized)
     monkeypatch.setattr(load, "_kind", kind)
 
 

@@ -1,5 +1,8 @@
 """Tiny random models of every family, dense and exactly 2:4."""
 
+from pathlib import Path
+from typing import Any
+
 import torch
 from transformers import (
     AutoModelForCausalLM,
@@ -13,6 +16,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from conversion import save_packed
 from conversion.families import family_of, in_scope
 
 _LLAMA_LIKE = {
@@ -69,6 +73,13 @@ def make_model(config: PretrainedConfig, *, sparse: bool, seed: int = 0) -> PreT
         if sparse:
             prune(model)
     return model
+
+
+def packed(folder: Path, name: str, **how: Any) -> Path:
+    """A packed checkpoint of the 2:4 model `name`, which lies beside it as "model"; `how` as `save_packed` takes it."""
+    make_model(CONFIGS[name], sparse=True).save_pretrained(folder / "model")
+    save_packed(folder / "model", folder / "packed", **how)
+    return folder / "packed"
 
 
 def prune(model: PreTrainedModel) -> None:

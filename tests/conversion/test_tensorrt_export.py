@@ -12,19 +12,12 @@ from onnx import numpy_helper
 from typer.testing import CliRunner
 
 from cast_serve.cli import build_app
-from conversion import save_packed
 from conversion.dense_model import dense_model
 from conversion.errors import InputError
 from conversion.onnx.tensorrt import export_tensorrt
 from conversion.packed_checkpoint import PackedCheckpoint
 from conversion.quantization.formats import INT8, Quantization
-from tests.conversion.models import CONFIGS, make_model
-
-
-def packed(folder: Path, name: str, **how: object) -> Path:
-    make_model(CONFIGS[name], sparse=True).save_pretrained(folder / "model")
-    save_packed(folder / "model", folder / "packed", **how)  # type: ignore[arg-type]
-    return folder / "packed"
+from tests.conversion.models import CONFIGS, make_model, packed
 
 
 def is_24(weight: np.ndarray) -> bool:

@@ -24,6 +24,7 @@ DENSE = "dense"
 
 Layer = tuple[int, int, str]
 """out_features, columns, and values as `values_name` says them."""
+_VERSION = 2  # of the file that a table is kept in
 _BITS = {"bfloat16": 16, "float16": 16, "int8": 8, "float8_e4m3fn": 8, "int4": 4}
 
 
@@ -154,7 +155,7 @@ def save(points: dict[Layer, list[Point]], where: dict[str, Any]) -> Path:
         for layer, found in merged.items()
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps({"version": 2, **where, "layers": layers}, indent=1) + "\n")
+    write_text(path, json.dumps({"version": _VERSION, **where, "layers": layers}, indent=1) + "\n")
     return path
 
 
@@ -167,7 +168,7 @@ def _read(path: Path, where: dict[str, Any]) -> dict[Layer, list[Point]]:
     if not path.is_file():
         return {}
     stored = json.loads(path.read_text())
-    if any(stored.get(key) != value for key, value in {"version": 2, **where}.items()):
+    if any(stored.get(key) != value for key, value in {"version": _VERSION, **where}.items()):
         return {}
     return {
         (layer["out_features"], layer["columns"], layer["values"]): [Point(**point) for point in layer["points"]]

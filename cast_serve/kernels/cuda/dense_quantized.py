@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from conversion.errors import InputError
-from conversion.quantization.formats import INT4, INT8, Quantization, dequantize
+from conversion.quantization.formats import INT4, INT8, Quantization, dequantize, groups_of
 
 ALIGNMENT = 16
 """Bytes of which a row is a multiple: what a thread reads at once."""
@@ -30,38 +30,30 @@ def pack(values: Tensor, scale: Tensor, group_size: int | None) -> Tensor:
         raise InputError("a quantized embedding on a GPU needs Triton: pip install triton")
     if values.dtype not in (torch.int8, torch.uint8) or values.dim() != 2:
         raise InputError(f"codes must be int8 or uint8 matrices, not {values.dtype}")
-    rows, columns = values.shape[0], values.shape[1] * 8 // _bits(values)
-    groups = _groups(columns, group_size)
+    bits = 8 if values.dtype == torch.int8 else 4
+    rows, columns = values.shape[0], values.shape[1] * 8 // bits
+    groups = groups_of(columns, group_size)
     if columns % 8 or scale.dtype != torch.float32 or scale.shape != (rows, groups):
         raise InputError(
             f"{[rows, columns]} codes in groups of {group_size} need a multiple of 8 columns and a float32 scale "
             f"{[rows, groups]}, not {scale.dtype} {list(scale.shape)}"
         )
-    used = values.shape[1] + 4 * groups
-    filling = values.new_zeros(rows, -used % ALIGNMENT, dtype=torch.uint8)
-    return torch.cat([values.view(torch.uint8), scale.contiguous().view(torch.uint8), filling], dim=1)
+    stored = torch.cat([values.view(torch.uint8), scale.contiguous().view(torch.uint8)], dim=1)
+    return torch.nn.functional.pad(stored, (0, row_bytes(columns, bits, group_size) - stored.shape[1]))
 
 
 def row_bytes(columns: int, bits: int, group_size: int | None) -> int:
     """Bytes of a packed row."""
-    used = columns * bits // 8 + 4 * _groups(columns, group_size)
+    used = columns * bits // 8 + 4 * groups_of(columns, group_size)
     return used + -used % ALIGNMENT
 
 
 def lookup(ids: Tensor, rows: Tensor, columns: int, bits: int, group_size: int | None) -> Tensor:
     """Rows `ids` (any shape) of what `pack` returned, dequantized: [..., columns] float32."""
     codes_end = columns * bits // 8
-    scale_end = codes_end + 4 * _groups(columns, group_size)
+    scale_end = codes_end + 4 * groups_of(columns, group_size)
     found = rows[ids.flatten()]
     codes, scale = found[:, :codes_end], found[:, codes_end:scale_end].contiguous().view(torch.float32)
     values = INT4 if bits == 4 else INT8
     dense = dequantize(codes.contiguous().view(values.dtype), None, scale, Quantization(values, group_size))
     return dense.view(*ids.shape, columns)
-
-
-def _bits(values: Tensor) -> int:
-    return 8 if values.dtype == torch.int8 else 4
-
-
-def _groups(columns: int, group_size: int | None) -> int:
-    return 1 if group_size is None else -(-columns // group_size)

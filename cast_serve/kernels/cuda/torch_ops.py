@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cast_serve.kernels.cuda import cusparselt, dense_quantized
+from cast_serve.kernels.cuda import cusparselt, dense_quantized, weight_only
 from cast_serve.kernels.cuda.crossover import table, values_name
 from cast_serve.kernels.cuda.linear import check, expand, is_portable, prepack, small_m_linear
 from cast_serve.kernels.cuda.weight_only import parts, weight_only_linear
@@ -61,6 +61,16 @@ def linear(
     except InputError as error:
         raise RuntimeError(f"cast24::linear: {error}") from None
     return linear_cuda(x, *packed, None, values.shape[0], bias)
+
+
+def prepack_quantized(
+    values: Tensor, bitmask: Tensor | None, scale: Tensor, group_size: int | None
+) -> tuple[Tensor, int, int]:
+    """What `linear_quantized` takes: (packed weight, bits, group size or 0 for one scale a row)."""
+    bits = 4 if values.dtype == torch.uint8 else 8
+    if bitmask is None:
+        return dense_quantized.pack(values, scale, group_size), bits, group_size or 0
+    return weight_only.pack(values, bitmask, scale, group_size), bits, group_size or 0
 
 
 def linear_quantized(

@@ -15,7 +15,7 @@ from cast_serve.kernels.cuda.layout import LANES, ROWS, STEP, to_fragments
 from cast_serve.kernels.cuda.linear import Launch, expand, prepare, small_m_linear
 from cast_serve.kernels.cuda.small_m import Plan, Types
 from conversion.errors import InputError
-from conversion.quantization.formats import INT4, decode
+from conversion.quantization.formats import INT4, decode, groups_of
 
 OUTPUTS = {torch.bfloat16: "Bf16", torch.float16: "Fp16"}
 
@@ -40,7 +40,7 @@ def packed_bytes(out_features: int, columns: int, bits: int, group_size: int | N
 
 def _sizes(out_features: int, columns: int, bits: int, group_size: int | None) -> tuple[int, int, int]:
     row_tiles, steps = -(-out_features // ROWS), -(-columns // STEP)
-    groups = 1 if group_size is None else -(-columns // group_size)
+    groups = groups_of(columns, group_size)
     return row_tiles * steps * LANES * 2 * bits, row_tiles * steps * LANES * 4, row_tiles * groups * ROWS * 4
 
 
@@ -63,7 +63,7 @@ def pack(values: Tensor, bitmask: Tensor, scale: Tensor, group_size: int | None)
     prepare(_types(bits, floats, torch.get_default_dtype()), values.device)
     codes = values.view(torch.uint8) if floats else values if bits == 8 else decode(values, INT4).to(torch.int8)
     rows, columns = codes.shape[0], codes.shape[1] * 2
-    groups = 1 if group_size is None else -(-columns // group_size)
+    groups = groups_of(columns, group_size)
     if scale.shape != (rows, groups) or scale.dtype != torch.float32:
         raise InputError(f"scale must be float32 {[rows, groups]}, not {scale.dtype} {list(scale.shape)}")
     # as 16-bit integers they take the places of 16-bit floats
