@@ -22,8 +22,8 @@ from benchmarks.shapes import SHAPES
 from cast_serve.kernels.cuda.layout import from_fragments
 from cast_serve.kernels.cuda.random_weights import QuantizedWeight, Weight
 from cast_serve.kernels.cuda.timing import copy_bandwidth, seconds_per_call
-from cast_serve.torch_model.gpu_linear import GpuQuantizedLinear, GpuSparseLinear
-from cast_serve.torch_model.modules import PackedLinear, QuantizedLinear, SparseLinear
+from cast_serve.torch_model.gpu_linear import QUANTIZED, SPARSE
+from cast_serve.torch_model.modules import PackedLinear, QuantizedLinear
 from conversion.quantization.formats import FP8, INT4, INT8, ValueFormat
 
 DTYPE = torch.bfloat16
@@ -49,15 +49,14 @@ class DenseFp8(nn.Module):
 
 
 def sparse(device: torch.device, N: int, K: int) -> PackedLinear:
-    kind = GpuSparseLinear if device.type == "cuda" else SparseLinear
-    linear = kind(K, N, bias=False)
+    linear = SPARSE[device.type](K, N, bias=False)
     linear.pack(*from_fragments(*Weight(N, K, DTYPE, device).packed, N, K))
     return linear
 
 
 def quantized(device: torch.device, N: int, K: int, *, values: ValueFormat, group_size: int | None) -> PackedLinear:
     weight = QuantizedWeight(N, K, values, group_size, device)
-    linear = (GpuQuantizedLinear if device.type == "cuda" else QuantizedLinear)(K, N, bias=False)
+    linear = QUANTIZED[device.type](K, N, bias=False)
     linear.pack(weight.stored, weight.bitmask, weight.scale / K, group_size, float_activations=True)
     return linear
 

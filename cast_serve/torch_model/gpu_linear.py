@@ -1,4 +1,4 @@
-"""The packed linears on a GPU."""
+"""The packed linears on a GPU, and which kind each device takes."""
 
 import os
 from typing import Literal, get_args
@@ -91,3 +91,9 @@ class GpuQuantizedLinear(QuantizedLinear):
             x, self.panels, self.compressed, self.out_features, self.bits, self.group_size, bias
         )
         return y
+
+
+SPARSE: dict[str, type[SparseLinear]] = {"cpu": SparseLinear, "cuda": GpuSparseLinear}
+"""What holds 2:4 weights of floating-point values, by the type of device."""
+QUANTIZED: dict[str, type[QuantizedLinear]] = {"cpu": QuantizedLinear, "cuda": GpuQuantizedLinear}
+"""What holds 2:4 weights of codes, by the type of device."""

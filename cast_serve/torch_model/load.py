@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from cast_serve.torch_model.gpu_linear import GpuQuantizedLinear, GpuSparseLinear
+from cast_serve.torch_model.gpu_linear import QUANTIZED, SPARSE
 from cast_serve.torch_model.modules import PackedLinear, QuantizedEmbedding, QuantizedLinear, SparseLinear
 from cast_serve.torch_model.quantizer import PackedConfig
 from conversion.checkpoint import widest
@@ -89,9 +89,7 @@ def _device(name: str | torch.device) -> torch.device:
 
 
 def _kind(checkpoint: PackedCheckpoint, device: torch.device) -> type[PackedLinear]:
-    if checkpoint.quantization is None:
-        return GpuSparseLinear if device.type == "cuda" else SparseLinear
-    return GpuQuantizedLinear if device.type == "cuda" else QuantizedLinear
+    return (SPARSE if checkpoint.quantization is None else QUANTIZED)[device.type]
 
 
 def _open(directory: Path, device: torch.device) -> PackedCheckpoint:

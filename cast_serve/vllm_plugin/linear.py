@@ -7,8 +7,8 @@ from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, regi
 from vllm.model_executor.parameter import BasevLLMParameter, ChannelQuantScaleParameter, ModelWeightParameter
 
 from cast_serve.kernels import isa
-from cast_serve.torch_model.gpu_linear import GpuQuantizedLinear, GpuSparseLinear
-from cast_serve.torch_model.modules import PackedLinear, QuantizedLinear, SparseLinear
+from cast_serve.torch_model.gpu_linear import QUANTIZED, SPARSE
+from cast_serve.torch_model.modules import PackedLinear, SparseLinear
 from cast_serve.vllm_plugin.parameters import check_loaded, counting
 from conversion.errors import InputError
 from conversion.packed import BITMASK_SUFFIX, SCALE_SUFFIX, VALUES_SUFFIX
@@ -104,15 +104,14 @@ class SparseLinearMethod(LinearMethodBase):
         weight_bitmask: torch.Tensor,
         weight_scale: torch.Tensor | None = None,
     ) -> PackedLinear:
-        on_gpu = weight_values.is_cuda
+        device = weight_values.device.type
         if quantization is not None:
             assert weight_scale is not None
             check_values(weight_values, quantization.values)
             check_scale(weight_scale)
-            unit = 64 if on_gpu else 1  # columns that the GPU's kernel takes at once
-            if (on_gpu or quantization.values is not FP8) and (quantization.group_size or 0) % unit == 0:
-                kind = GpuQuantizedLinear if on_gpu else QuantizedLinear
-                quantized = kind(self.columns, self.rows, bias=False)
+            unit = {"cpu": 1, "cuda": 64}[device]  # columns that the kernel takes at once
+            if (device == "cuda" or quantization.values is not FP8) and (quantization.group_size or 0) % unit == 0:
+                quantized = QUANTIZED[device](self.columns, self.rows, bias=False)
                 group_size, floats = quantization.group_size, self.config.float_activations
                 quantized.pack(weight_values, weight_bitmask, weight_scale, group_size, float_activations=floats)
                 return quantized
@@ -120,7 +119,7 @@ class SparseLinearMethod(LinearMethodBase):
             # 2 are kept, shares its scale.
             scales = quantization.spread(weight_scale, self.columns)[:, ::2]
             weight_values = (decode(weight_values, quantization.values) * scales).to(self.dtype)
-        linear = (GpuSparseLinear if on_gpu else SparseLinear)(self.columns, self.rows, bias=False)
+        linear = SPARSE[device](self.columns, self.rows, bias=False)
         linear.pack(weight_values, weight_bitmask)
         return linear
 

@@ -8,9 +8,8 @@ import torch
 import cast_serve
 from cast_serve.kernels.cuda import linear, torch_ops
 from cast_serve.kernels.cuda.crossover import DEVICES, Table
-from cast_serve.torch_model import load, modules
-from cast_serve.torch_model.gpu_linear import GpuQuantizedLinear, GpuSparseLinear
-from conversion.packed_checkpoint import PackedCheckpoint
+from cast_serve.torch_model import modules
+from cast_serve.torch_model.gpu_linear import QUANTIZED, SPARSE, GpuQuantizedLinear, GpuSparseLinear
 from conversion.quantization.formats import FP8, INT4, Quantization
 from tests.cast_serve.conftest import Interpreted
 from tests.cast_serve.cuda_emulation.runner import Emulation, Launcher
@@ -27,11 +26,9 @@ def in_place_of_the_gpu(emulation: Emulation, interpreted: Interpreted, monkeypa
     for name in ("linear_cuda", "linear_quantized_cuda", "linear_quantized", "quantized_rows"):
         monkeypatch.setattr(torch.ops.cast24, name, getattr(torch_ops, name), raising=False)
 
-    def kind(checkpoint: PackedCheckpoint, _: torch.device) -> type[modules.PackedLinear]:
-        return GpuSparseLinear if checkpoint.quantization is None else GpuQuantizedLinear
-
     monkeypatch.setattr(modules, "prepack_quantized", torch_ops.prepack_quantized)
-    monkeypatch.setattr(load, "_kind", kind)
+    monkeypatch.setitem(SPARSE, "cpu", GpuSparseLinear)
+    monkeypatch.setitem(QUANTIZED, "cpu", GpuQuantizedLinear)
 
 
 @pytest.mark.usefixtures("in_place_of_the_gpu")
