@@ -76,14 +76,14 @@ class BuildNative(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         os.chdir(ROOT)
-        flags, link = [], []
+        flags, link = [], ["-ldl"]
         if ext.name.endswith("_torch"):
             from torch.utils.cpp_extension import include_paths, library_paths
 
             # 2.10: the oldest stable ABI with parallel_for.
             flags = ["-DTORCH_TARGET_VERSION=0x020a000000000000", *(f"-isystem{path}" for path in include_paths())]
             kernels = Path(self.get_ext_fullpath("cast_serve.kernels.libcast24")).parent
-            link = [f"-L{path}" for path in [*library_paths(), kernels]]
+            link += [f"-L{path}" for path in [*library_paths(), kernels]]
             link += ["-ltorch_cpu", "-lc10", "-l:libcast24.so", "-Wl,-rpath,$ORIGIN"]
         objects = compile_sources([Path(source) for source in ext.sources], flags)
         output = Path(self.get_ext_fullpath(ext.name))

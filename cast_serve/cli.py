@@ -9,7 +9,7 @@ from conversion.command import run
 COMMANDS = "cast.commands"
 # What serve does not know goes on to the engine.
 PASSING = {"serve": {"allow_extra_args": True, "ignore_unknown_options": True}}
-ORDER = ["train", "convert", "serve", "bench", "eval", "pipeline", "info", "tune", "scaling-law"]
+ORDER = ["train", "convert", "serve", "bench", "eval", "pipeline", "info", "tune", "scaling-law", "export-genai"]
 
 
 def build_app() -> typer.Typer:

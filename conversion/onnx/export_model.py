@@ -109,7 +109,7 @@ def export(
             use_dense_linear(graph, *embeddings)
         fuse_steps(graph)
         RemoveUnusedNodesPass()(graph)
-        _save(graph, building, show_progress)
+        save_graph(graph, building, show_progress)
         copy_companions(source.directory, building)
         manifest = _manifest(source, model, graph, dtype)
         (building / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
@@ -141,7 +141,7 @@ def _scope_dtypes(source: Checkpoint) -> set[torch.dtype]:
     return {source.shards.info(name).dtype for name in source.scope}
 
 
-def _save(graph: ir.Model, directory: Path, show_progress: bool) -> None:
+def save_graph(graph: ir.Model, directory: Path, show_progress: bool) -> None:
     total = sum(tensor.nbytes for tensor in _weights(graph))
     with byte_progress("exporting", total, show_progress) as advance:
         ir.save(

@@ -33,12 +33,12 @@ def replace_matmul(
 ) -> None:
     """Put a cast24 operator in the place of `matmul`; it takes over a bias added right after it.
 
-    Norm and residual are still absent (see fusion.py).
+    Norm and residual, of those operators that have them, are still absent (see fusion.py).
     """
     last, bias = _following_bias(matmul)
     sparse = ir.node(
         operator,
-        [matmul.inputs[0], *weights, bias, None, None],
+        [matmul.inputs[0], *weights, bias, *([None, None] if operator in WEIGHTS else [])],
         attributes,
         domain=DOMAIN,
         name=str(matmul.name).replace("MatMul", operator),

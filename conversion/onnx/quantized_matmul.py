@@ -4,6 +4,7 @@ import re
 
 import onnx_ir as ir
 import torch
+from torch import Tensor
 
 from conversion.errors import InputError
 from conversion.onnx.linear import block_weights, lazy, replace_matmul
@@ -49,15 +50,32 @@ def use_quantized_matmul(model: ir.Model, source: PackedCheckpoint, *, float_act
         float_activations: multiply by activations as they are, instead of rounded to 8 bits.
     """
     graph = model.graph
-    layers = {_place(layer): layer for layer in source.sparse_layers}
     for node, weight in block_weights(graph):
-        block, role = _split(str(weight.name))
-        sources = [layers[block, part] for part in _SOURCES[source.config["model_type"]][role]]
-        panels = _Panels(weight, source, sources)
+        panels = _Panels(weight, source)
         value = panels.initializer()
         graph.register_initializer(value)
         attributes = {**panels.attributes(), "float_activations": int(float_activations)}
         replace_matmul(graph, node, "Sparse24MatMulNBits", [value], attributes)
+
+
+def packed_parts(source: PackedCheckpoint, weight: ir.TensorProtocol) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (values, bitmask, scale) of the layers that the graph has as one `weight` [K, N], in its rows' order.
+
+    InputError if they are not what the graph multiplies by.
+    """
+    assert source.quantization is not None
+    block, role = _split(str(weight.name))
+    by_place = {_place(layer): layer for layer in source.sparse_layers}
+    layers = [by_place[block, part] for part in _SOURCES[source.config["model_type"]][role]]
+    parts = [(*source.packed(layer), source.scale(layer)) for layer in layers]
+    stored, bitmask, scale = (torch.cat([part[i] for part in parts]) for i in range(3))  # type: ignore[misc]
+    given = torch.from_numpy(weight.numpy()).T
+    if not torch.equal(dequantize(stored, bitmask, scale, source.quantization).to(given.dtype), given):
+        raise InputError(
+            f"the graph's {weight.name} is not {' + '.join(layers)}: this architecture cannot be exported with "
+            "quantized values"
+        )
+    return stored, bitmask, scale
 
 
 def _place(layer: str) -> tuple[int, str]:
@@ -75,11 +93,10 @@ def _split(weight: str) -> tuple[int, str]:
 class _Panels:
     """Reads a fused linear's packed parts when its panels are asked for."""
 
-    def __init__(self, weight: ir.TensorProtocol, source: PackedCheckpoint, layers: list[str]) -> None:
+    def __init__(self, weight: ir.TensorProtocol, source: PackedCheckpoint) -> None:
         assert source.quantization is not None
         self._weight = weight
         self._source = source
-        self._layers = layers
         self._quantization: Quantization = source.quantization
         self.columns, self.rows = weight.shape.numpy()
 
@@ -94,13 +111,5 @@ class _Panels:
         return lazy(name, ir.DataType.UINT8, shape, self._make)
 
     def _make(self) -> ir.TensorProtocol:
-        parts = [(*self._source.packed(layer), self._source.scale(layer)) for layer in self._layers]
-        stored, bitmask, scale = (torch.cat([part[i] for part in parts]) for i in range(3))  # type: ignore[misc]
-        if not torch.equal(
-            dequantize(stored, bitmask, scale, self._quantization), torch.from_numpy(self._weight.numpy()).T
-        ):
-            raise InputError(
-                f"the graph's {self._weight.name} is not {' + '.join(self._layers)}: this architecture cannot be "
-                "exported with quantized values"
-            )
-        return ir.tensor(to_quantized_panels(stored, bitmask, scale, self._quantization).numpy())
+        parts = packed_parts(self._source, self._weight)
+        return ir.tensor(to_quantized_panels(*parts, self._quantization).numpy())

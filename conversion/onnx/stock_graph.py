@@ -1,4 +1,4 @@
-"""The float32 decoder graph of onnxruntime-genai's model builder, made from a transformers model in memory."""
+"""The decoder graph of onnxruntime-genai's model builder, made from a transformers model in memory."""
 
 import contextlib
 import copy
@@ -72,10 +72,20 @@ class Qwen3(TransformersDecoder, builders.Qwen3Model):
 
 
 def stock_graph(model: PreTrainedModel) -> ir.Model:
-    """Build the fp32 CPU graph that `onnxruntime_genai.models.builder` would build for this model.
+    """The graph of `stock_builder` for CPUs, in float32."""
+    graph: ir.Model = stock_builder(model, "cpu", ir.DataType.FLOAT).model
+    return graph
 
-    Weights are shared with `model` and converted to float32 one at a time when the graph is saved. GPT-2 and OPT, which
+
+def stock_builder(model: PreTrainedModel, provider: str, dtype: ir.DataType) -> builders.base.Model:
+    """Build the graph that `onnxruntime_genai.models.builder` would build for this model; it is the result's `model`.
+
+    Weights are shared with `model` and converted to `dtype` one at a time when the graph is saved. GPT-2 and OPT, which
     the stock builder lacks, get a graph of the same form with `position_ids` as an extra input.
+
+    Args:
+        provider: as that builder names it: "cpu" or "cuda".
+        dtype: of weights, activations and logits.
 
     Raises:
         InputError: a variant of the architecture that the graph cannot express.
@@ -91,8 +101,7 @@ def stock_graph(model: PreTrainedModel) -> ir.Model:
     if rope_type in _LENGTH_DEPENDENT_ROPE:
         raise InputError(f"rope type '{rope_type}' cannot be exported: its tables change with the sequence length")
     with contextlib.redirect_stdout(io.StringIO()):  # the builder tells its steps
-        builder = family(config, ir.DataType.FLOAT, ir.DataType.FLOAT, "cpu", str(Path.cwd()), {})
+        builder = family(config, dtype, dtype, provider, str(Path.cwd()), {})
         builder.make_model(model)
     builder.model.graph.sort()
-    graph: ir.Model = builder.model
-    return graph
+    return builder

@@ -39,13 +39,20 @@ def packed_bytes(out_features: int, columns: int, bits: int, group_size: int | N
 
 
 def _sizes(out_features: int, columns: int, bits: int, group_size: int | None) -> tuple[int, int, int]:
-    row_tiles, steps = -(-out_features // ROWS), -(-columns // STEP)
-    groups = groups_of(columns, group_size)
-    return row_tiles * steps * LANES * 2 * bits, row_tiles * steps * LANES * 4, row_tiles * groups * ROWS * 4
+    lanes, groups = -(-out_features // ROWS) * -(-columns // STEP) * LANES, groups_of(columns, group_size)
+    return lanes * 2 * bits, lanes * 4, -(-out_features // ROWS) * groups * ROWS * 4
 
 
 def pack(values: Tensor, bitmask: Tensor, scale: Tensor, group_size: int | None) -> Tensor:
-    """The bytes of a weight, on its device, where kernels for x of the default dtype are loaded.
+    """`packed_in_fragments`, on whose device kernels for x of the default dtype are then loaded."""
+    check_group_size(group_size)
+    floats, bits = values.dtype == torch.float8_e4m3fn, 4 if values.dtype == torch.uint8 else 8
+    prepare(_types(bits, floats, torch.get_default_dtype()), values.device)
+    return packed_in_fragments(values, bitmask, scale, group_size)
+
+
+def packed_in_fragments(values: Tensor, bitmask: Tensor, scale: Tensor, group_size: int | None) -> Tensor:
+    """The bytes of a weight, on its device.
 
     They are uint8, or float8_e4m3fn where the values are, which tells them apart.
 
@@ -60,7 +67,6 @@ def pack(values: Tensor, bitmask: Tensor, scale: Tensor, group_size: int | None)
     """
     check_group_size(group_size)
     floats, bits = values.dtype == torch.float8_e4m3fn, 4 if values.dtype == torch.uint8 else 8
-    prepare(_types(bits, floats, torch.get_default_dtype()), values.device)
     codes = values.view(torch.uint8) if floats else values if bits == 8 else decode(values, INT4).to(torch.int8)
     rows, columns = codes.shape[0], codes.shape[1] * 2
     groups = groups_of(columns, group_size)

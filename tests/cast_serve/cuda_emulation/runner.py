@@ -17,7 +17,7 @@ ALL_TYPES += [Types(weight, output) for weight in ("W8", "F8", "W4") for output 
 
 
 class Emulation:
-    """Kernels of `variants` for each of `types`, compiled for the CPU."""
+    """Kernels of `variants` for each of `types`, compiled for the CPU into `library`."""
 
     def __init__(self, directory: Path, variants: Sequence[Variant], types: Sequence[Types]) -> None:
         lines, names = [], []
@@ -30,11 +30,11 @@ class Emulation:
             lines.append(f"#define {other} {names[-1]}\n{others(kinds)}\n#undef {other}")
         entries = ", ".join(f"ENTRY({name})" for name in names)
         (directory / "kernels.inc").write_text("\n".join([*lines, f"#define KERNELS {entries}", ""]))
-        library = directory / "emulation.so"
+        self.library = directory / "emulation.so"
         command = ["g++", "-std=c++20", "-O1", "-shared", "-fPIC", "-Wall", "-Wno-unknown-pragmas"]
         includes = [f"-I{HERE}", f"-I{directory}", f"-I{CSRC}"]
-        subprocess.run([*command, *includes, str(HERE / "run.cpp"), "-o", str(library)], check=True)
-        self._emulate = ctypes.CDLL(str(library)).emulate
+        subprocess.run([*command, *includes, str(HERE / "run.cpp"), "-o", str(self.library)], check=True)
+        self._emulate = ctypes.CDLL(str(self.library)).emulate
 
 
 class Launcher:

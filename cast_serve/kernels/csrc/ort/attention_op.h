@@ -12,7 +12,7 @@ namespace cast24 {
 // [1, T, kv_heads * D]; key_cache, value_cache [num_blocks, block_size, kv_heads, D], written in place, whose blocks'
 // interior only this op reads (paged_attention.h); block_table i32 [B, max_blocks]; past_lens i32 [B]; cu_seqlens i32
 // [B + 1]; cos_cache, sin_cache [positions, rotary_dim / 2] -> [1, T, heads * D].
-struct PagedAttention {
+struct PagedAttention : CpuOp {
   static constexpr const char* name = "PagedAttention";
   static constexpr Input inputs[] = {{kFloat, kRequired}, {kFloat, kOptional}, {kFloat, kOptional}, {kFloat, kRequired},
                                      {kFloat, kRequired}, {kInt32, kRequired}, {kInt32, kRequired}, {kInt32, kRequired},

@@ -1,5 +1,5 @@
-// A custom op is a struct with: name, inputs (types and which are optional), a constructor that reads attributes, and
-// run(Context&). CustomOp<Op> turns it into the table of callbacks that ONNX Runtime wants. Everything thrown inside
+// A custom op is a struct with: provider and output type (of CpuOp, or its own), name, inputs (types, which are optional,
+// and where they lie), a constructor that reads attributes, and run(Context&). CustomOp<Op> turns it into the table of callbacks that ONNX Runtime wants. Everything thrown inside
 // becomes an error status with the op's name before the message.
 #pragma once
 
@@ -81,14 +81,18 @@ class Attributes {
  public:
   Attributes(const OrtApi& api, const OrtKernelInfo* info) : api_(api), info_(info) {}
 
-  // A copy of input `index` on huge pages if it is a constant; else none.
-  ResidentWeights resident(size_t index) const {
+  // Input `index` if it is a constant; else an empty Tensor.
+  Tensor constant(size_t index) const {
     int constant = 0;
     const OrtValue* value = nullptr;
     check(api_, api_.KernelInfoGetConstantInput_tensor(info_, index, &constant, &value), "cannot read a constant input");
-    if (!constant) return {};
-    const Tensor tensor = tensor_of(api_, value);
-    return ResidentWeights(tensor.data, tensor.size() * element_bytes(tensor.type));
+    return constant ? tensor_of(api_, value) : Tensor{};
+  }
+
+  // A copy of it on huge pages.
+  ResidentWeights resident(size_t index) const {
+    const Tensor tensor = constant(index);
+    return tensor ? ResidentWeights(tensor.data, tensor.size() * element_bytes(tensor.type)) : ResidentWeights();
   }
 
   int64_t integer(const char* name) const {
@@ -134,11 +138,21 @@ class Context {
   }
 
   float* output(size_t index, const std::vector<int64_t>& shape) const {
+    return static_cast<float*>(output_data(index, shape));
+  }
+  void* output_data(size_t index, const std::vector<int64_t>& shape) const {
     OrtValue* value = nullptr;
     void* data = nullptr;
     check(api_, api_.KernelContext_GetOutput(context_, index, shape.data(), shape.size(), &value), "cannot make an output");
     check(api_, api_.GetTensorMutableData(value, &data), "cannot make an output");
-    return static_cast<float*>(data);
+    return data;
+  }
+
+  // The stream that a GPU provider works on.
+  void* stream() const {
+    void* stream = nullptr;
+    check(api_, api_.KernelContext_GetGPUComputeStream(context_, &stream), "the provider has no stream");
+    return stream;
   }
 
   // A cast24_parallel_for on ONNX Runtime's own intra-op threads, so that no second pool competes with it for cores.
@@ -200,14 +214,14 @@ struct CustomOp : OrtCustomOp {
   CustomOp() : OrtCustomOp{} {
     version = kOrtApiVersion;
     GetName = [](const OrtCustomOp*) { return Op::name; };
-    GetExecutionProviderType = [](const OrtCustomOp*) -> const char* { return "CPUExecutionProvider"; };
+    GetExecutionProviderType = [](const OrtCustomOp*) { return Op::provider; };
     GetInputTypeCount = [](const OrtCustomOp*) { return std::size(Op::inputs); };
     GetInputType = [](const OrtCustomOp*, size_t i) -> int { return Op::inputs[i].type; };
     GetInputCharacteristic = [](const OrtCustomOp*, size_t i) -> int { return Op::inputs[i].characteristic; };
     GetOutputTypeCount = [](const OrtCustomOp*) -> size_t { return 1; };
-    GetOutputType = [](const OrtCustomOp*, size_t) -> int { return kFloat; };
+    GetOutputType = [](const OrtCustomOp*, size_t) -> int { return Op::output; };
     GetOutputCharacteristic = [](const OrtCustomOp*, size_t) -> int { return kRequired; };
-    GetInputMemoryType = [](const OrtCustomOp*, size_t) { return 0; };
+    GetInputMemoryType = [](const OrtCustomOp*, size_t i) -> int { return Op::inputs[i].memory; };
     GetVariadicInputMinArity = [](const OrtCustomOp*) { return 0; };
     GetVariadicInputHomogeneity = [](const OrtCustomOp*) { return 0; };
     GetVariadicOutputMinArity = [](const OrtCustomOp*) { return 0; };
@@ -254,6 +268,12 @@ struct CustomOp : OrtCustomOp {
 struct Input {
   OrtElementType type;
   OrtCharacteristic characteristic;
+  OrtMemoryType memory = kProvidersMemory;
+};
+
+struct CpuOp {
+  static constexpr const char* provider = "CPUExecutionProvider";
+  static constexpr OrtElementType output = kFloat;
 };
 
 }  // namespace cast24

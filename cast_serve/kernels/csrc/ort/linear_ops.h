@@ -7,7 +7,7 @@ namespace cast24 {
 
 // y[..., N] = x[..., K] W^T + bias, and what fused_linear.h puts around it, with W 2:4 in panel layout (cast24.h): values
 // f32 [P, G, 2, 16] or bf16 [P, G, 16, 2], indices u32 [P, ceil(G / 8), 16].
-struct Sparse24MatMul {
+struct Sparse24MatMul : CpuOp {
   static constexpr const char* name = "Sparse24MatMul";
   static constexpr Input inputs[] = {{kFloat, kRequired}, {kAnyType, kRequired}, {kUint32, kRequired},
                                      {kFloat, kOptional}, {kFloat, kOptional},   {kFloat, kOptional}};
@@ -47,7 +47,7 @@ struct Sparse24MatMul {
 
 // y[..., N] = x[..., K] W^T + bias with a dense row-major weight [N, K], f32 or bf16: the layout of an embedding, so that
 // a tied one is held once for both Gather and the logits.
-struct DenseLinear {
+struct DenseLinear : CpuOp {
   static constexpr const char* name = "DenseLinear";
   static constexpr Input inputs[] = {{kFloat, kRequired}, {kAnyType, kRequired}, {kFloat, kOptional}};
 

@@ -20,9 +20,20 @@ constexpr uint32_t kOrtApiVersion = 17;
 
 enum OrtErrorCode : int { kOrtFail = 1, kOrtInvalidArgument = 2 };
 
-enum OrtElementType : int { kAnyType = 0, kFloat = 1, kUint8 = 2, kInt32 = 6, kInt64 = 7, kUint32 = 12, kBFloat16 = 16 };
+enum OrtElementType : int {
+  kAnyType = 0,
+  kFloat = 1,
+  kUint8 = 2,
+  kInt32 = 6,
+  kInt64 = 7,
+  kFloat16 = 10,
+  kUint32 = 12,
+  kBFloat16 = 16
+};
 
 enum OrtCharacteristic : int { kRequired = 0, kOptional = 1 };
+
+enum OrtMemoryType : int { kProvidersMemory = 0, kCpuMemory = -2 };
 
 struct OrtApiBase {
   const void* (*GetApi)(uint32_t version);
@@ -81,6 +92,9 @@ class OrtApi {
                                      OrtValue** out) const {
     return slot<OrtStatus* (*)(OrtKernelContext*, size_t, const int64_t*, size_t, OrtValue**)>(91)(context, index, dims,
                                                                                                   rank, out);
+  }
+  OrtStatus* KernelContext_GetGPUComputeStream(const OrtKernelContext* context, void** out) const {
+    return slot<OrtStatus* (*)(const OrtKernelContext*, void**)>(193)(context, out);
   }
   void ReleaseStatus(OrtStatus* status) const { slot<void (*)(OrtStatus*)>(93)(status); }
   void ReleaseTensorTypeAndShapeInfo(OrtTensorShape* info) const { slot<void (*)(OrtTensorShape*)>(99)(info); }

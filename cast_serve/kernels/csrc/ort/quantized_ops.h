@@ -29,7 +29,7 @@ struct QuantizedAttributes {
 // float_activations 1, x is not rounded to 8 bits; with resident 1, a dense weight, too, is copied onto huge pages (it may be an
 // embedding as well, which reads it in place).
 template <bool Sparse>
-struct MatMulNBits {
+struct MatMulNBits : CpuOp {
   static constexpr const char* name = Sparse ? "Sparse24MatMulNBits" : "DenseNBits";
   static constexpr Input inputs[] = {
       {kFloat, kRequired}, {kUint8, kRequired}, {kFloat, kOptional}, {kFloat, kOptional}, {kFloat, kOptional}};
@@ -61,7 +61,7 @@ using Sparse24MatMulNBits = MatMulNBits<true>;
 using DenseNBits = MatMulNBits<false>;
 
 // y[..., K] = the rows `ids` of a dense quantized weight: a tied embedding is held once for lookup and logits.
-struct EmbeddingNBits {
+struct EmbeddingNBits : CpuOp {
   static constexpr const char* name = "EmbeddingNBits";
   static constexpr Input inputs[] = {{kInt64, kRequired}, {kUint8, kRequired}};
 

@@ -3,6 +3,7 @@
 
 #include "attention_op.h"
 #include "custom_op.h"
+#include "gpu_linear.h"
 #include "linear_ops.h"
 #include "quantized_ops.h"
 
@@ -27,7 +28,7 @@ struct Registry {
   }
 };
 
-using Ops = Registry<Sparse24MatMul, Sparse24MatMulNBits, DenseLinear, DenseNBits, EmbeddingNBits, PagedAttention>;
+using Ops = Registry<Sparse24MatMul, Sparse24MatMulNBits, DenseLinear, DenseNBits, EmbeddingNBits, PagedAttention, Sparse24MatMulGpu>;
 
 OrtStatus* register_ops(const OrtApi& api, OrtSessionOptions* options) {
   // Never released, as sessions keep pointing at it; and not shared, as it belongs to the runtime that asks.

@@ -1,0 +1,1 @@
+"""2:4 models for onnxruntime-genai on NVIDIA GPUs."""

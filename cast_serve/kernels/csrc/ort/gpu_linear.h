@@ -1,0 +1,222 @@
+// A linear layer with a 2:4 weight on an NVIDIA GPU: the kernels of ../../cuda/csrc/small_m.cuh, whose code the model
+// itself holds, on the stream that ONNX Runtime works on.
+#pragma once
+
+#include <algorithm>
+#include <cstdio>
+#include <cstring>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "cuda_driver.h"
+#include "custom_op.h"
+
+#ifndef CAST24_GPU_PROVIDER
+#define CAST24_GPU_PROVIDER "CUDAExecutionProvider"
+#endif
+
+namespace cast24 {
+
+// A kernel small_m_<column tiles>_<row tiles>_<warps>_<warps along K>_<depth>_<blocks>, see small_m.py.
+struct SmallMVariant {
+  std::string name;
+  int64_t column_tiles, row_tiles, warps, warps_k, depth, blocks;
+
+  // Those that PTX has, in its order: for ever more rows of x.
+  static std::vector<SmallMVariant> in(const char* code) {
+    static const std::string kEntry = ".entry ";
+    std::vector<SmallMVariant> found;
+    for (const char* at = std::strstr(code, kEntry.c_str()); at != nullptr; at = std::strstr(at, kEntry.c_str())) {
+      at += kEntry.size();
+      SmallMVariant v;
+      v.name = std::string(at, std::strcspn(at, "( \n"));
+      long long n[6];
+      if (std::sscanf(v.name.c_str(), "small_m_%lld_%lld_%lld_%lld_%lld_%lld", n, n + 1, n + 2, n + 3, n + 4, n + 5) != 6)
+        continue;
+      v.column_tiles = n[0], v.row_tiles = n[1], v.warps = n[2], v.warps_k = n[3], v.depth = n[4], v.blocks = n[5];
+      found.push_back(v);
+    }
+    require(!found.empty(), "the code has no kernel small_m_*");
+    std::sort(found.begin(), found.end(),
+              [](const SmallMVariant& a, const SmallMVariant& b) { return a.column_tiles < b.column_tiles; });
+    return found;
+  }
+};
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// How a call is cut into blocks, as plan() of small_m.py does it.
+struct SmallMPlan {
+  const SmallMVariant* variant;
+  int64_t along_n, splits, along_m, row_tiles, steps, steps_per_split;
+
+  SmallMPlan(const std::vector<SmallMVariant>& variants, int64_t M, int64_t N, int64_t K, int multiprocessors)
+      : variant(&variants.back()), row_tiles(ceil_div(N, 16)), steps(ceil_div(K, 64)) {
+    for (auto v = variants.rbegin(); v != variants.rend(); ++v)
+      if (8 * v->column_tiles >= M) variant = &*v;
+    along_n = ceil_div(row_tiles * variant->warps_k, variant->row_tiles * variant->warps);
+    along_m = ceil_div(M, 8 * variant->column_tiles);
+    splits = variant->blocks * multiprocessors / (along_n * along_m);
+    splits = std::max<int64_t>(1, std::min(splits, steps / (variant->depth * variant->warps_k)));
+    steps_per_split = ceil_div(steps, splits);
+    splits = ceil_div(steps, steps_per_split);
+  }
+
+  size_t partial_bytes() const { return splits == 1 ? 0 : along_m * splits * row_tiles * variant->column_tiles * 512; }
+  size_t counter_bytes() const { return splits == 1 ? 0 : 4 * along_n * along_m; }
+
+  // No plan with splits needs more, whatever M, N and K: its blocks are then at most `blocks` for each multiprocessor.
+  static size_t most_partial_bytes(const std::vector<SmallMVariant>& variants, int multiprocessors) {
+    size_t most = 0;
+    for (const SmallMVariant& v : variants)
+      most = std::max<size_t>(most, v.blocks * multiprocessors * v.row_tiles * v.warps / v.warps_k * v.column_tiles * 512);
+    return most;
+  }
+  static size_t most_counter_bytes(const std::vector<SmallMVariant>& variants, int multiprocessors) {
+    size_t most = 0;
+    for (const SmallMVariant& v : variants) most = std::max<size_t>(most, 4 * v.blocks * multiprocessors);
+    return most;
+  }
+};
+
+// The kernels of one code in one context, and memory for the sums of splits. Made when a node runs first, which ONNX Runtime
+// does before it captures a graph, and kept for the process: graphs hold on to it.
+class GpuKernels {
+ public:
+  // Of the current context.
+  static GpuKernels& of(const std::string& code) {
+    static std::mutex mutex;
+    static std::map<std::pair<void*, std::string>, std::unique_ptr<GpuKernels>> made;
+    const std::lock_guard<std::mutex> lock(mutex);
+    auto& kernels = made[{CudaDriver::get().current_context(), code}];
+    if (kernels == nullptr) kernels.reset(new GpuKernels(code));
+    return *kernels;
+  }
+
+  // The same for all nodes on a stream, which run one after the other; a kernel leaves counters at 0.
+  struct Workspace {
+    char* counters;
+    char* partial;
+  };
+  Workspace workspace(void* stream) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    Workspace& workspace = workspaces_[stream];
+    if (workspace.counters == nullptr) {
+      const size_t counters = (SmallMPlan::most_counter_bytes(variants, multiprocessors) + 255) / 256 * 256;
+      workspace.counters =
+          static_cast<char*>(driver_.allocate(counters + SmallMPlan::most_partial_bytes(variants, multiprocessors)));
+      workspace.partial = workspace.counters + counters;
+    }
+    return workspace;
+  }
+  void launch(const SmallMPlan& plan, void* stream, const void* argument) {
+    const unsigned grid[] = {static_cast<unsigned>(plan.along_n), static_cast<unsigned>(plan.splits),
+                             static_cast<unsigned>(plan.along_m)};
+    driver_.launch(functions_.at(plan.variant->name), grid, static_cast<unsigned>(32 * plan.variant->warps), stream, argument);
+  }
+
+  const std::vector<SmallMVariant> variants;
+  const int multiprocessors;
+
+ private:
+  explicit GpuKernels(const std::string& code)
+      : variants(SmallMVariant::in(code.c_str())), multiprocessors(CudaDriver::get().multiprocessors()), driver_(CudaDriver::get()) {
+    void* module = driver_.load_module(code.c_str());
+    for (const SmallMVariant& variant : variants) functions_[variant.name] = driver_.function(module, variant.name);
+  }
+
+  const CudaDriver& driver_;
+  std::map<std::string, void*> functions_;
+  std::mutex mutex_;
+  std::map<void*, Workspace> workspaces_;
+};
+
+// y[..., N] = x[..., K] W^T + bias, float16. `weight` is bytes in the order of the fragments (layout.py): kept values of
+// `bits` bits each, metadata, and for 8 and 4 bits scales (weight_only.py), one for each group_size columns or, if that is
+// 0, each row. `code` is PTX, shared by all nodes of a model. The weight is read once for each 64 rows of x.
+struct Sparse24MatMulGpu {
+  static constexpr const char* provider = CAST24_GPU_PROVIDER;
+  static constexpr OrtElementType output = kFloat16;
+  static constexpr const char* name = "Sparse24MatMulGpu";
+  static constexpr Input inputs[] = {
+      {kFloat16, kRequired}, {kUint8, kRequired}, {kUint8, kRequired, kCpuMemory}, {kFloat16, kOptional}};
+
+  int64_t N, K, bits, groups, group_steps;
+  std::string code;
+  mutable std::atomic<GpuKernels*> kernels{nullptr};
+
+  explicit Sparse24MatMulGpu(const Attributes& attributes)
+      : N(attributes.integer("N")), K(attributes.integer("K")), bits(attributes.integer("bits")) {
+    require(N > 0 && K > 0 && K % 8 == 0, "attribute N must be positive and K a positive multiple of 8");
+    require(bits == 16 || bits == 8 || bits == 4, "attribute bits must be 16, 8 or 4");
+    const int64_t group = attributes.integer("group_size", 0);
+    require(group >= 0 && group % 64 == 0, "attribute group_size must be 0 or a multiple of 64");
+    groups = group == 0 ? 1 : ceil_div(K, group);
+    group_steps = group == 0 ? ceil_div(K, 64) : group / 64;
+    const Tensor text = attributes.constant(2);
+    require(static_cast<bool>(text), "the kernels' code must be a constant");
+    const char* first = static_cast<const char*>(text.data);
+    code.assign(first, std::find(first, first + text.size(), '\0'));
+  }
+
+  // Returns the bytes of the weights.
+  int64_t run(Context& context) const {
+    const Tensor x = context.input(0), weight = context.input(1), bias = context.input(3);
+    require(!x.shape.empty() && x.shape.back() == K,
+            "x has shape " + describe(x.shape) + ", expected [..., " + std::to_string(K) + "]");
+    if (bias) require_shape("bias", bias, {N});
+    const int64_t lanes = 32 * ceil_div(N, 16) * ceil_div(K, 64);
+    const int64_t values = lanes * 2 * bits, metadata = lanes * 4;
+    const int64_t scales = bits == 16 ? 0 : ceil_div(N, 16) * groups * 16 * 4;
+    require_shape("weight", weight, {values + metadata + scales});
+
+    std::vector<int64_t> shape = x.shape;
+    shape.back() = N;
+    void* y = context.output_data(0, shape);
+    const int64_t bytes = weight.size() + (bias ? 2 * N : 0), M = x.size() / K;
+    if (M == 0) return bytes;
+
+    GpuKernels* loaded = kernels;
+    if (loaded == nullptr) kernels = loaded = &GpuKernels::of(code);
+    const SmallMPlan plan(loaded->variants, M, N, K, loaded->multiprocessors);
+    void* stream = context.stream();
+    char* first = static_cast<char*>(weight.data);
+    Arguments arguments{first, first + values, x.data};
+    if (bits != 16) arguments.w_scale = first + values + metadata;
+    arguments.bias = bias.data;
+    arguments.y = y;
+    if (plan.splits > 1) {
+      const GpuKernels::Workspace workspace = loaded->workspace(stream);
+      arguments.partial = workspace.partial;
+      arguments.counters = workspace.counters;
+    }
+    arguments.x_stride = 2 * K;
+    arguments.M = static_cast<int>(M);
+    arguments.N = static_cast<int>(N);
+    arguments.K = static_cast<int>(K);
+    arguments.row_tiles = static_cast<int>(plan.row_tiles);
+    arguments.steps = static_cast<int>(plan.steps);
+    arguments.steps_per_split = static_cast<int>(plan.steps_per_split);
+    arguments.groups = static_cast<int>(groups);
+    arguments.group_steps = static_cast<int>(group_steps);
+    loaded->launch(plan, stream, &arguments);
+    return bytes;
+  }
+
+ private:
+  // LinearArguments of small_m.cuh.
+  struct Arguments {
+    const void *values, *metadata, *x;
+    const void *x_scale = nullptr, *w_scale = nullptr, *bias = nullptr;
+    void *y = nullptr, *partial = nullptr, *counters = nullptr;
+    int64_t x_stride = 0;
+    int M = 0, N = 0, K = 0, row_tiles = 0, steps = 0, steps_per_split = 0, groups = 1, group_steps = 1;
+  };
+  static_assert(sizeof(Arguments) == 10 * 8 + 8 * 4, "no padding");
+};
+
+}  // namespace cast24
