@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from conversion.atomic import write_text
+from conversion.quantization.formats import FORMATS
 
 Method = Literal["small_m", "expanded", "cusparselt"]
 """The kernel that streams the packed weight; cuBLAS on the weight, made dense for the call; cuSPARSELt."""
@@ -25,7 +26,7 @@ DENSE = "dense"
 Layer = tuple[int, int, str]
 """out_features, columns, and values as `values_name` says them."""
 _VERSION = 2  # of the file that a table is kept in
-_BITS = {"bfloat16": 16, "float16": 16, "int8": 8, "float8_e4m3fn": 8, "int4": 4}
+_BITS = {"bfloat16": 16, "float16": 16} | {name: values.bits for name, values in FORMATS.items()}
 
 
 @dataclass(frozen=True)
