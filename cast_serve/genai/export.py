@@ -18,6 +18,7 @@ from conversion.atomic import new_directory
 from conversion.checkpoint import Checkpoint
 from conversion.dense_model import dense_model
 from conversion.errors import InputError
+from conversion.onnx.dense_linear import EMBEDDING
 from conversion.onnx.export_model import copy_companions, save_graph
 from conversion.onnx.paged_attention import attention_window
 from conversion.onnx.stock_graph import stock_builder
@@ -51,6 +52,8 @@ def export_genai(
         builder = stock_builder(model, "cuda", ir.DataType.FLOAT16)
         _use_window(builder.model, model.config)
         operators = use_gpu_matmul(builder.model, quantized)
+        if model.get_output_embeddings().weight is model.get_input_embeddings().weight:
+            _share_embedding(builder.model)
         RemoveUnusedNodesPass()(builder.model)  # dense weights
         save_graph(builder.model, building, show_progress)
         copy_companions(source.directory, building)
@@ -64,6 +67,17 @@ def _use_window(graph: ir.Model, config: Any) -> None:
     attention = [node for node in graph.graph if node.op_type == "GroupQueryAttention"]
     for layer, node in enumerate(attention):
         node.attributes["local_window_size"] = ir.AttrInt64("local_window_size", attention_window(config, layer))
+
+
+def _share_embedding(graph: ir.Model) -> None:
+    """Let lm_head read the tied embedding [V, H] as it lies there; the builder stores it once more, transposed."""
+    logits = graph.graph.outputs[0]
+    head = logits.producer()
+    assert head is not None
+    assert head.op_type == "MatMul"
+    inputs = [head.inputs[0], graph.graph.initializers[EMBEDDING]]
+    shared = ir.node("FusedMatMul", inputs, {"transB": 1}, domain="com.microsoft", name="/lm_head/FusedMatMul")
+    ir.convenience.replace_nodes_and_values(graph.graph, head, [head], [shared], [logits], [shared.outputs[0]])
 
 
 def _write_config(builder: Any, config: Any, directory: Path) -> None:
