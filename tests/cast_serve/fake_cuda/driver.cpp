@@ -38,7 +38,7 @@ int cuMemAlloc_v2(void** memory, size_t bytes) {
   std::memset(*memory, 0xff, bytes);
   return 0;
 }
-int cuMemsetD8_v2(void* memory, unsigned char value, size_t bytes) { return std::memset(memory, value, bytes), 0; }
+int cuMemsetD8Async(void* memory, unsigned char value, size_t bytes, void*) { return std::memset(memory, value, bytes), 0; }
 int cuLaunchKernel(void* function, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned, unsigned, unsigned, void*,
                    void** arguments, void**) {
   const char* name = static_cast<const char*>(function);

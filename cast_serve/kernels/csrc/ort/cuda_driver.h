@@ -45,11 +45,11 @@ class CudaDriver {
     check(module_get_function_(&function, module, name.c_str()), "cuModuleGetFunction");
     return function;
   }
-  // Memory of zeros.
-  void* allocate(size_t bytes) const {
+  // Memory that is zeros for what comes next on the stream.
+  void* allocate(size_t bytes, void* stream) const {
     void* memory = nullptr;
     check(mem_alloc_(&memory, bytes), "cuMemAlloc");
-    check(memset_(memory, 0, bytes), "cuMemsetD8");
+    check(memset_(memory, 0, bytes, stream), "cuMemsetD8Async");
     return memory;
   }
   // A kernel with one structure as its parameter.
@@ -68,7 +68,7 @@ class CudaDriver {
     find(module_load_data_, "cuModuleLoadData");
     find(module_get_function_, "cuModuleGetFunction");
     find(mem_alloc_, "cuMemAlloc_v2");
-    find(memset_, "cuMemsetD8_v2");
+    find(memset_, "cuMemsetD8Async");
     find(launch_kernel_, "cuLaunchKernel");
   }
 
@@ -88,7 +88,7 @@ class CudaDriver {
   int (*module_load_data_)(void** module, const void* image);
   int (*module_get_function_)(void** function, void* module, const char* name);
   int (*mem_alloc_)(void** memory, size_t bytes);
-  int (*memset_)(void* memory, unsigned char value, size_t bytes);
+  int (*memset_)(void* memory, unsigned char value, size_t bytes, void* stream);
   int (*launch_kernel_)(void* function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
                         unsigned block_y, unsigned block_z, unsigned shared, void* stream, void** arguments, void** extra);
 };

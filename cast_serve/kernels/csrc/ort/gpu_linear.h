@@ -102,13 +102,15 @@ class GpuKernels {
     char* counters;
     char* partial;
   };
-  Workspace workspace(void* stream) {
+  Workspace workspace(const SmallMPlan& plan, void* stream) {
+    const size_t most_counters = SmallMPlan::most_counter_bytes(variants, multiprocessors);
+    const size_t most_partial = SmallMPlan::most_partial_bytes(variants, multiprocessors);
+    require(plan.counter_bytes() <= most_counters && plan.partial_bytes() <= most_partial, "the plan needs too much memory");
     const std::lock_guard<std::mutex> lock(mutex_);
     Workspace& workspace = workspaces_[stream];
     if (workspace.counters == nullptr) {
-      const size_t counters = (SmallMPlan::most_counter_bytes(variants, multiprocessors) + 255) / 256 * 256;
-      workspace.counters =
-          static_cast<char*>(driver_.allocate(counters + SmallMPlan::most_partial_bytes(variants, multiprocessors)));
+      const size_t counters = (most_counters + 255) / 256 * 256;
+      workspace.counters = static_cast<char*>(driver_.allocate(counters + most_partial, stream));
       workspace.partial = workspace.counters + counters;
     }
     return workspace;
@@ -190,7 +192,7 @@ struct Sparse24MatMulGpu {
     arguments.bias = bias.data;
     arguments.y = y;
     if (plan.splits > 1) {
-      const GpuKernels::Workspace workspace = loaded->workspace(stream);
+      const GpuKernels::Workspace workspace = loaded->workspace(plan, stream);
       arguments.partial = workspace.partial;
       arguments.counters = workspace.counters;
     }
