@@ -6,11 +6,14 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
 from cast_serve import kernels
+from cast_serve.kernels.cuda import linear, torch_ops
+from cast_serve.kernels.cuda.crossover import DEVICES, Table
 from cast_serve.kernels.cuda.small_m import VARIANTS
 from conversion.errors import InputError
-from tests.cast_serve.cuda_emulation.runner import ALL_TYPES, Emulation
+from tests.cast_serve.cuda_emulation.runner import ALL_TYPES, Emulation, Launcher
 from tests.cast_serve.tiny_llama import Tiny
 
 
@@ -23,6 +26,15 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
 def emulation(tmp_path_factory: pytest.TempPathFactory) -> Emulation:
     """The CUDA kernels on the CPU, of all types."""
     return Emulation(tmp_path_factory.mktemp("emulation"), VARIANTS, ALL_TYPES)
+
+
+@pytest.fixture
+def emulated_gpu(emulation: Emulation, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The GPU's operators take tensors on the CPU, and run in the emulation, as on an H100."""
+    monkeypatch.setattr(linear, "launch_on_gpu", Launcher(emulation, None))
+    monkeypatch.setattr(torch_ops, "table", lambda _: Table({}, DEVICES["H100"]))
+    for name in ("linear_cuda", "linear_quantized_cuda", "linear_quantized", "quantized_rows"):
+        monkeypatch.setattr(torch.ops.cast24, name, getattr(torch_ops, name), raising=False)
 
 
 Interpreted = Callable[[str], ModuleType]

@@ -5,22 +5,14 @@ from typing import Any
 import pytest
 import torch
 
-from cast_serve.kernels.cuda import cusparselt, linear, torch_ops
-from cast_serve.kernels.cuda.crossover import DEVICES, Table
+from cast_serve.kernels.cuda import cusparselt, torch_ops
 from cast_serve.torch_model import modules
 from cast_serve.torch_model.gpu_linear import GpuQuantizedLinear, GpuSparseLinear
 from conversion.errors import InputError
 from conversion.quantization.formats import FP8, INT8, Quantization, ValueFormat, dequantize, encode
-from tests.cast_serve.cuda_emulation.runner import Emulation, Launcher
 from tests.cast_serve.sparse_layers import random_layer
 
-
-@pytest.fixture(autouse=True)
-def gpu(emulation: Emulation, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear, "launch_on_gpu", Launcher(emulation, None))
-    monkeypatch.setattr(torch_ops, "table", lambda _: Table({}, DEVICES["H100"]))
-    for name in ("linear_cuda", "linear_quantized_cuda"):
-        monkeypatch.setattr(torch.ops.cast24, name, getattr(torch_ops, name), raising=False)
+pytestmark = pytest.mark.usefixtures("emulated_gpu")
 
 
 @pytest.mark.parametrize(

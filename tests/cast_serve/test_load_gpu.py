@@ -6,26 +6,19 @@ import pytest
 import torch
 
 import cast_serve
-from cast_serve.kernels.cuda import linear, torch_ops
-from cast_serve.kernels.cuda.crossover import DEVICES, Table
+from cast_serve.kernels.cuda import torch_ops
 from cast_serve.torch_model import modules
 from cast_serve.torch_model.gpu_linear import QUANTIZED, SPARSE, GpuQuantizedLinear, GpuSparseLinear
 from conversion.quantization.formats import FP8, INT4, Quantization
 from tests.cast_serve.conftest import Interpreted
-from tests.cast_serve.cuda_emulation.runner import Emulation, Launcher
 from tests.cast_serve.test_load import INT8_ROWS, TOKENS, relative_error
 from tests.conversion.models import packed
 
 
 @pytest.fixture
-def in_place_of_the_gpu(emulation: Emulation, interpreted: Interpreted, monkeypatch: pytest.MonkeyPatch) -> None:
+def in_place_of_the_gpu(emulated_gpu: None, interpreted: Interpreted, monkeypatch: pytest.MonkeyPatch) -> None:
     """What asks a tensor or a device whether it is a GPU's is answered yes."""
     interpreted("cast_serve.kernels.cuda.triton_dense")
-    monkeypatch.setattr(linear, "launch_on_gpu", Launcher(emulation, None))
-    monkeypatch.setattr(torch_ops, "table", lambda _: Table({}, DEVICES["H100"]))
-    for name in ("linear_cuda", "linear_quantized_cuda", "linear_quantized", "quantized_rows"):
-        monkeypatch.setattr(torch.ops.cast24, name, getattr(torch_ops, name), raising=False)
-
     monkeypatch.setattr(modules, "prepack_quantized", torch_ops.prepack_quantized)
     monkeypatch.setitem(SPARSE, "cpu", GpuSparseLinear)
     monkeypatch.setitem(QUANTIZED, "cpu", GpuQuantizedLinear)
