@@ -55,7 +55,7 @@ def export_genai(
         if model.get_output_embeddings().weight is model.get_input_embeddings().weight:
             _share_embedding(builder.model)
         RemoveUnusedNodesPass()(builder.model)  # dense weights
-        save_graph(builder.model, building, show_progress)
+        save_graph(builder.model, building, show_progress, page_from=0)  # kernels read 16 bytes at once
         copy_companions(source.directory, building)
         _write_config(builder, model.config, building)
         shutil.copyfile(library_path(), building / LIBRARY)

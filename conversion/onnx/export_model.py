@@ -141,7 +141,8 @@ def _scope_dtypes(source: Checkpoint) -> set[torch.dtype]:
     return {source.shards.info(name).dtype for name in source.scope}
 
 
-def save_graph(graph: ir.Model, directory: Path, show_progress: bool) -> None:
+def save_graph(graph: ir.Model, directory: Path, show_progress: bool, page_from: int = PAGE) -> None:
+    """Write model.onnx and its weights; those of more than `page_from` bytes start on a page of the file."""
     total = sum(tensor.nbytes for tensor in _weights(graph))
     with byte_progress("exporting", total, show_progress) as advance:
         ir.save(
@@ -151,7 +152,7 @@ def save_graph(graph: ir.Model, directory: Path, show_progress: bool) -> None:
             callback=lambda tensor, _: advance(tensor.nbytes),
             max_workers=1,
             alignment=PAGE,
-            align_threshold=PAGE,
+            align_threshold=page_from,
         )
 
 

@@ -175,6 +175,7 @@ struct Sparse24MatMulGpu {
     const int64_t values = lanes * 2 * bits, metadata = lanes * 4;
     const int64_t scales = bits == 16 ? 0 : ceil_div(N, 16) * groups * 16 * 4;
     require_shape("weight", weight, {values + metadata + scales});
+    require(aligned(weight) && aligned(x), "x and weight must start at multiples of 16 bytes");
 
     std::vector<int64_t> shape = x.shape;
     shape.back() = N;
@@ -210,6 +211,8 @@ struct Sparse24MatMulGpu {
   }
 
  private:
+  static bool aligned(const Tensor& tensor) { return reinterpret_cast<uintptr_t>(tensor.data) % 16 == 0; }
+
   // LinearArguments of small_m.cuh.
   struct Arguments {
     const void *values, *metadata, *x;
