@@ -11,11 +11,13 @@ from cast_serve.kernels.cuda import cusparselt, dense_quantized
 from cast_serve.kernels.cuda.layout import from_fragments
 from cast_serve.kernels.cuda.measurement import Gpu
 from cast_serve.kernels.cuda.random_weights import QuantizedWeight, Weight, random_values
+from cast_serve.kernels.cuda.weight_only import Method
 from conversion.quantization.formats import FP8, INT4, INT8, Quantization, ValueFormat, dequantize, encode
 
 SHAPES = [
     *[(1, 16, 64), (1, 1, 8), (3, 24, 72), (8, 136, 1032), (9, 40, 200), (16, 330, 576), (17, 576, 1536)],
     *[(33, 150, 4200), (64, 300, 640), (70, 48, 264), (1, 4096, 4096), (16, 4096, 11008), (64, 11008, 4096)],
+    *[(200, 330, 1096), (513, 4096, 4096)],
 ]
 """Rows of x, weight rows, columns."""
 TINY_SHAPES = SHAPES[:5]
@@ -33,6 +35,13 @@ def small_m_error(machine: Gpu, M: int, N: int, K: int, dtype: torch.dtype) -> f
     weight, x = Weight(N, K, dtype, device), random_values(M, K, dtype, device)
     bias = torch.randn(N, device=device).to(dtype)
     return relative_error(machine.small_m(x, *weight.packed, N, bias), x, weight.dense, bias)
+
+
+def tiled_error(machine: Gpu, M: int, N: int, K: int, dtype: torch.dtype) -> float:
+    device = machine.device
+    weight, x = Weight(N, K, dtype, device), random_values(M, K, dtype, device)
+    bias = torch.randn(N, device=device).to(dtype)
+    return relative_error(machine.tiled(x, *weight.packed, N, bias), x, weight.dense, bias)
 
 
 def triton_error(machine: Gpu, M: int, N: int, K: int, dtype: torch.dtype) -> float:
@@ -57,12 +66,19 @@ def expand_error(machine: Gpu, M: int, N: int, K: int, dtype: torch.dtype) -> fl
 
 
 def weight_only_error(
-    machine: Gpu, M: int, N: int, K: int, dtype: torch.dtype, values: ValueFormat, group_size: int | None
+    machine: Gpu,
+    M: int,
+    N: int,
+    K: int,
+    dtype: torch.dtype,
+    values: ValueFormat,
+    group_size: int | None,
+    method: Method = "small_m",
 ) -> float:
     device = machine.device
     weight, x = QuantizedWeight(N, K, values, group_size, device), random_values(M, K, dtype, device)
     bias = torch.randn(N, device=device).to(dtype)
-    y = machine.weight_only(x, weight.packed, N, values.bits, group_size, bias)
+    y = machine.weight_only(x, weight.packed, N, values.bits, group_size, bias, method=method)
     return relative_error(y, x, weight.dense, bias)
 
 
@@ -141,11 +157,14 @@ def correctness(machine: Gpu, shapes: list[tuple[int, int, int]]) -> dict[str, A
     wide = [torch.bfloat16, torch.float16]
     kinds: list[tuple[str, Callable[..., float], list[torch.dtype], float | None]] = [
         ("small_m", small_m_error, wide, None),
+        ("tiled", tiled_error, wide, None),
         ("expand", expand_error, wide, 0.0),
         ("small_m", small_m_8_bit_error, tile_dtypes(machine)[2:], None),
         ("weight only int8", partial(weight_only_error, values=INT8, group_size=None), wide, None),
         ("weight only fp8", partial(weight_only_error, values=FP8, group_size=None), wide, None),
         ("weight only int4 g64", partial(weight_only_error, values=INT4, group_size=64), wide, None),
+        ("tiled int8", partial(weight_only_error, values=INT8, group_size=None, method="tiled"), wide, None),
+        ("tiled int4 g64", partial(weight_only_error, values=INT4, group_size=64, method="tiled"), wide, None),
         ("rows rounded", rounding_error, tile_dtypes(machine)[2:], 1 / 16),
     ]
     if machine.has_triton:

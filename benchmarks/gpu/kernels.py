@@ -2,8 +2,8 @@
 
 In this order, each part written to a JSON file of its own as it ends: correctness at odd shapes; decode (1 to 64 rows
 of x) beside cuBLAS, on a dense weight, and cuSPARSELt; CUDA graphs, streams and torch.compile; decode with quantized
-weights; prefill, quantized weights too; other cuts of the kernel for few rows. Weights are read from memory: each call
-has its own copy, and copies are several times the cache.
+weights; prefill, quantized weights too; other tiles of the kernel for many rows, other cuts of the one for few. Weights
+are read from memory: each call has its own copy, and copies are several times the cache.
 """
 
 import json
@@ -23,8 +23,10 @@ from benchmarks.gpu.kernel_checks import TINY_SHAPES, correctness
 from benchmarks.gpu.machines import Rehearsal
 from cast_serve.kernels.cuda import cusparselt, torch_ops
 from cast_serve.kernels.cuda.measurement import Candidate, Gpu, Layer
+from cast_serve.kernels.cuda.plan import Plan
 from cast_serve.kernels.cuda.random_weights import Weight
-from cast_serve.kernels.cuda.small_m import VARIANTS, Plan, Variant, plan
+from cast_serve.kernels.cuda.small_m import VARIANTS, Variant, plan
+from cast_serve.kernels.cuda.tiled import Tile, cut_into
 
 SHAPES = [(4096, 4096), (11008, 4096), (4096, 11008), (14336, 4096)]
 DECODE = [1, 2, 4, 8, 16, 32, 64]
@@ -41,6 +43,11 @@ CUTS = [
     *[Variant(4, warps_k=2), Variant(4, row_tiles=2, warps=4, depth=2, blocks=3)],
     *[Variant(8, depth=2), Variant(8, row_tiles=2, warps=8, depth=2, blocks=1)],
 ]
+TILES = [
+    *[Tile(8), Tile(8, warps_n=2), Tile(4), Tile(4, warps_n=2, blocks=2), Tile(4, warps_m=4, warps_n=2)],
+    *[Tile(8, row_tiles=2, warps_m=1, blocks=2), Tile(4, row_tiles=2, blocks=2)],
+]
+TILE_ROWS = [128, 256, 1024, 4096]
 DTYPE = torch.bfloat16
 
 Shape = tuple[int, int]
@@ -154,20 +161,39 @@ def cuts(
                     seconds[cut] = machine.seconds(layer.small_m(M, cut, launch), repeats=5, budget=0.01)
             best = [
                 {
-                    "variant": cut.variant.name,
+                    "variant": cut.kernel.name,
                     "splits": cut.splits,
                     "seconds": seconds[cut],
                     "of_copy_bandwidth": layer.packed_bytes / seconds[cut] / bandwidth,
                 }
                 for cut in sorted(seconds, key=lambda cut: seconds[cut])[:5]
             ]
-            chosen = {"variant": usual.variant.name, "splits": usual.splits, "seconds": seconds.get(usual)}
+            chosen = {"variant": usual.kernel.name, "splits": usual.splits, "seconds": seconds.get(usual)}
             records.append({"M": M, "N": N, "K": K, "chosen": chosen, "best": best})
             print(json.dumps(records[-1]), flush=True)
     return records
 
 
-PARTS = ("correctness", "decode", "graphs", "decode-quantized", "prefill", "prefill-quantized", "cuts")
+def tiles(machine: Gpu, shapes: list[Shape], batches: list[int], deadline: float) -> list[dict[str, Any]]:
+    """Seconds of the kernel for many rows with every tile, and cuBLAS's on a dense weight."""
+    launch = machine.launcher(tuple(TILES), DTYPE)
+    records = []
+    for N, K in shapes:
+        layer = Layer(N, K, machine)
+        for M in batches:
+            if time.monotonic() > deadline:
+                break
+            dense = machine.seconds(layer.candidates(M)["dense"].calls, repeats=5, budget=0.02)
+            seconds = {
+                tile.name: machine.seconds(layer.tiled(M, cut_into(tile, M, N, K), launch), repeats=5, budget=0.02)
+                for tile in TILES
+            }
+            records.append({"M": M, "N": N, "K": K, "dense": dense, "tiles": seconds})
+            print(json.dumps(records[-1]), flush=True)
+    return records
+
+
+PARTS = ("correctness", "decode", "graphs", "decode-quantized", "prefill", "prefill-quantized", "tiles", "cuts")
 
 
 def main(
@@ -198,6 +224,7 @@ def main(
         "decode-quantized": lambda: {"records": quantized.race(machine, shapes[:2], DECODE[::3], bandwidth)},
         "prefill": lambda: raced(shapes[:2], prefill),
         "prefill-quantized": lambda: {"records": quantized.race(machine, shapes[:2], prefill[::3], bandwidth)},
+        "tiles": lambda: {"records": tiles(machine, shapes[:2], prefill[:1] if tiny else TILE_ROWS, start + seconds)},
         "cuts": lambda: {"records": cuts(machine, shapes, CUT_ROWS, bandwidth, start + seconds)},
     }
     ok = True

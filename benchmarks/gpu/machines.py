@@ -11,7 +11,7 @@ from cast_serve.kernels.cuda.dense_quantized import lookup
 from cast_serve.kernels.cuda.layout import from_fragments
 from cast_serve.kernels.cuda.linear import Launch
 from cast_serve.kernels.cuda.measurement import Gpu
-from cast_serve.kernels.cuda.small_m import Variant
+from cast_serve.kernels.cuda.plan import Kernel
 from cast_serve.kernels.cuda.weight_only import parts
 from conversion.packed import unpack24
 
@@ -43,6 +43,10 @@ class Rehearsal(Gpu):
         if x_scale is not None and w_scale is not None:
             y = y * x_scale[:, None] * w_scale
         return (y if bias is None else y + bias.float()).to(dtype or x.dtype)
+
+    @staticmethod
+    def tiled(x: Tensor, *weight: Any, **options: Any) -> Tensor:
+        return Rehearsal.small_m(x, *weight, **options)
 
     @staticmethod
     def expand(fragments: Tensor, metadata: Tensor, out_features: int, columns: int, **_: Any) -> Tensor:
@@ -112,7 +116,7 @@ class Rehearsal(Gpu):
             call()
         return (time.perf_counter() - start) / len(calls)
 
-    def launcher(self, variants: tuple[Variant, ...], dtype: torch.dtype) -> Launch:
+    def launcher(self, linear: tuple[Kernel, ...], dtype: torch.dtype) -> Launch:
         def launch(*_: Any) -> None:
             raise NotImplementedError
 

@@ -20,11 +20,11 @@ GROUP = 128
 
 
 def sparse(machine: Gpu, N: int, K: int, values: ValueFormat, group_size: int | None, x: list[Tensor]) -> Candidate:
-    """Our quantized 2:4 weight, x in 16 bits; many rows of x meet it made dense."""
+    """Our quantized 2:4 weight, x in 16 bits."""
     first = QuantizedWeight(N, K, values, group_size, machine.device).packed
     inputs = cycle(x)
     weights = [first.clone() for _ in range(machine.copies(first.nbytes))]
-    multiply = partial(machine.weight_only, expanded=len(x[0]) > MAX_ROWS)
+    multiply = partial(machine.weight_only, method="small_m" if len(x[0]) <= MAX_ROWS else "tiled")
     calls: list[Call] = [partial(multiply, next(inputs), weight, N, values.bits, group_size) for weight in weights]
     return Candidate(calls, first.nbytes)
 

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from cast_serve.kernels.cuda import nvrtc, weight_only
 from cast_serve.kernels.cuda.layout import LANES, ROWS, STEP, to_fragments
-from cast_serve.kernels.cuda.small_m import Types, source
+from cast_serve.kernels.cuda.plan import Types
+from cast_serve.kernels.cuda.source import source
 from conversion.onnx.linear import block_weights, lazy, replace_matmul
 from conversion.onnx.paged_attention import DOMAIN
 from conversion.onnx.quantized_matmul import packed_parts

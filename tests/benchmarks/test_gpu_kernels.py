@@ -19,13 +19,14 @@ def test_a_rehearsal_writes_every_part(tmp_path: Path) -> None:
         kernels.main(tmp_path, tiny=True)
     assert end.value.exit_code == 0
     parts = {path.stem: json.loads(path.read_text()) for path in tmp_path.iterdir()}
-    assert set(parts) == {"correctness", "decode", "graphs", "decode-quantized", "prefill", "prefill-quantized", "cuts"}
+    assert set(parts) == set(kernels.PARTS)
     assert parts["correctness"]["ok"]
     records = parts["decode"]["records"]
     assert [record["M"] for record in records] == kernels.DECODE
     assert all(record["speedup_over_dense"]["dense"] == 1 for record in records)
     assert set(records[0]["seconds"]) == {"dense", "small_m", "small_m overlapping", "triton"}
-    assert "expanded" in parts["prefill"]["records"][0]["seconds"]
+    assert {"tiled", "expanded"} < set(parts["prefill"]["records"][0]["seconds"])
+    assert parts["tiles"]["records"][0]["tiles"].keys() == {tile.name for tile in kernels.TILES}
     assert all(cut["best"] for cut in parts["cuts"]["records"])
 
 

@@ -11,7 +11,6 @@ import torch
 from cast_serve import kernels
 from cast_serve.kernels.cuda import linear, torch_ops
 from cast_serve.kernels.cuda.crossover import DEVICES, Table
-from cast_serve.kernels.cuda.small_m import VARIANTS
 from conversion.errors import InputError
 from tests.cast_serve.cuda_emulation.runner import ALL_TYPES, Emulation, Launcher
 from tests.cast_serve.tiny_llama import Tiny
@@ -25,7 +24,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
 @pytest.fixture(scope="session")
 def emulation(tmp_path_factory: pytest.TempPathFactory) -> Emulation:
     """The CUDA kernels on the CPU, of all types."""
-    return Emulation(tmp_path_factory.mktemp("emulation"), VARIANTS, ALL_TYPES)
+    return Emulation(tmp_path_factory.mktemp("emulation"), ALL_TYPES)
 
 
 @pytest.fixture

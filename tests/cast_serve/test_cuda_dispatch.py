@@ -44,10 +44,17 @@ def test_the_model_streams_for_few_rows_and_multiplies_for_many(device: str) -> 
     table = Table({}, crossover.modelled_device(device))
     for layer in ((4096, 4096, "bfloat16"), (14336, 4096, "float16"), (4096, 4096, "int8")):
         assert all(table.choose(M, layer, True).method == "small_m" for M in (1, 8, 16, 32))
-        assert table.choose(8192, layer, True).method == "cusparselt"
-        assert table.choose(8192, layer, False).method == "expanded"
+        assert table.choose(8192, layer, True).method in ("tiled", "cusparselt")
+        assert table.choose(8192, layer, False).method in ("tiled", "expanded")
+        assert table.choose(1024, layer, False).method == "tiled"
     int4 = (4096, 4096, "int4 g64")
-    assert [table.choose(M, int4, False).method for M in (1, 32, 8192)] == ["small_m", "small_m", "expanded"]
+    assert [table.choose(M, int4, False).method for M in (1, 32, 8192)] == ["small_m", "small_m", "tiled"]
+
+
+def test_the_model_knows_where_the_full_speed_is_not_that_of_mma() -> None:
+    layer = (4096, 4096, "bfloat16")
+    for device, method in (("A100", "tiled"), ("RTX 4090", "tiled"), ("H100", "expanded"), ("H200", "expanded")):
+        assert Table({}, crossover.DEVICES[device]).choose(8192, layer, False).method == method
 
 
 def test_a_table_counts_where_it_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,10 +89,12 @@ class Gpu:
         monkeypatch.setattr(torch_ops, "table", lambda _: table)
 
 
-@pytest.mark.parametrize(("rows", "kernel"), [(1, VARIANTS[0].name), (9, VARIANTS[1].name), (64, "expand")])
+@pytest.mark.parametrize(
+    ("rows", "kernel"), [(1, VARIANTS[0].name), (9, VARIANTS[1].name), (64, "expand"), (100, "tiled_4_4_4_2_1")]
+)
 def test_operators_by_rows(emulation: Emulation, monkeypatch: pytest.MonkeyPatch, rows: int, kernel: str) -> None:
-    seconds = {"small_m": [1.0, 2.0], "expanded": [2.0, 1.0]}
-    gpu = Gpu(emulation, Table({LAYER: points(32, 64, **seconds)}, crossover.DEVICES["H100"]), monkeypatch)
+    seconds = {"small_m": [1.0, 2.0, 3.0], "expanded": [2.0, 1.0, 2.0], "tiled": [3.0, 2.0, 1.0]}
+    gpu = Gpu(emulation, Table({LAYER: points(32, 64, 128, **seconds)}, crossover.DEVICES["H100"]), monkeypatch)
     layer, x, bias = random_layer(64, 128, torch.bfloat16), torch.randn(rows, 128), torch.randn(64)
     packed = prepack(layer.values, layer.bitmask)
     gpu.launched.clear()
@@ -108,7 +117,9 @@ def test_any_leading_axes(emulation: Emulation, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize(("bits", "group_size"), [(8, None), (4, 64)])
-@pytest.mark.parametrize(("rows", "dtype"), [(3, torch.float32), (70, torch.bfloat16), (2, torch.float16)])
+@pytest.mark.parametrize(
+    ("rows", "dtype"), [(3, torch.float32), (70, torch.bfloat16), (2, torch.float16), (130, torch.float32)]
+)
 def test_the_quantized_operator(
     emulation: Emulation,
     monkeypatch: pytest.MonkeyPatch,
@@ -119,7 +130,7 @@ def test_the_quantized_operator(
 ) -> None:
     if bits == 8 and dtype == torch.float16:
         return
-    measured = points(64, 256, small_m=[1.0, 2.0], expanded=[2.0, 1.0])
+    measured = points(64, 256, 512, small_m=[1.0, 2.0, 2.0], expanded=[2.0, 1.0, 2.0], tiled=[2.0, 2.0, 1.0])
     known = (40, 200, "int8" if bits == 8 else "int4 g64")
     gpu = Gpu(emulation, Table({known: measured}, crossover.DEVICES["H100"]), monkeypatch)
     layer, x, bias = random_layer(40, 200, torch.float32), torch.randn(2, rows, 200).to(dtype), torch.randn(40)
@@ -131,7 +142,8 @@ def test_the_quantized_operator(
     packed = weight_only.pack(stored, layer.bitmask, scale, group_size)
     y = torch_ops.linear_quantized(x, packed, 40, bits, True, group_size or 0, False, bias)
     assert y.dtype == dtype
-    assert gpu.launched == ["expand" if 2 * rows > 64 else VARIANTS[0].name]
+    (launched,) = gpu.launched
+    assert launched.startswith({2: "small_m", 3: "small_m", 70: "expand", 130: "tiled"}[rows])
     expected = x.double() @ dense.double().T + bias.double()
     torch.testing.assert_close(y.double(), expected, rtol=2e-2, atol=1e-1)
     with pytest.raises(RuntimeError, match="is not the packed form of a weight"):

@@ -6,19 +6,24 @@ import pytest
 import torch
 from torch import Tensor
 
-from cast_serve.kernels.cuda import weight_only
+from benchmarks.gpu.kernels import TILES
+from cast_serve.kernels.cuda import nvrtc, weight_only
 from cast_serve.kernels.cuda.layout import from_fragments, to_fragments
 from cast_serve.kernels.cuda.linear import (
     TYPES,
     Ring,
     expand,
     in_rows_of_16_bytes,
+    packed_linear,
     quantize_rows,
     quantized_linear,
     ring,
-    small_m_linear,
+    tiled_linear,
 )
-from cast_serve.kernels.cuda.small_m import Plan, Variant, plan
+from cast_serve.kernels.cuda.plan import Plan, Types
+from cast_serve.kernels.cuda.small_m import Variant, plan
+from cast_serve.kernels.cuda.source import source
+from cast_serve.kernels.cuda.tiled import best_tile, cut_into, tiles
 from cast_serve.kernels.cuda.weight_only import weight_only_linear
 from conversion.errors import InputError
 from conversion.packed import unpack24
@@ -63,9 +68,9 @@ def emulated(
     seed: int = 0,
     **scales: Tensor | torch.dtype,
 ) -> Tensor:
-    """small_m_linear in the emulation; every byte of the weight must be read once for each block of rows of x."""
+    """packed_linear in the emulation; every byte of the weight must be read once for each block of rows of x."""
     launch = Launcher(emulation, [*packed, x], seed)
-    y = small_m_linear(x, *packed, rows, bias, cut=cut, launch=launch, **scales)  # type: ignore[arg-type]
+    y = packed_linear(x, *packed, rows, bias, cut=cut, launch=launch, **scales)  # type: ignore[arg-type]
     assert not ring(x.device).zeros.any()
     times = 1 if cut is None else cut.grid[2]
     assert all((reads == times).all() for reads in launch.reads[:2]), "a byte of the weight was not read exactly once"
@@ -129,6 +134,49 @@ def test_other_strides_are_copied() -> None:
         assert torch.equal(copy, x)
         assert copy.data_ptr() % 16 == copy.stride(0) * copy.itemsize % 16 == 0
         assert copy.stride(1) == 1
+
+
+TILED_SHAPES = [(1, 16, 64), (65, 33, 72), (130, 270, 200), (64, 128, 520), (129, 513, 8)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("batch", "rows", "columns"), TILED_SHAPES)
+@pytest.mark.parametrize("tile", [0, 1, 2])
+def test_tiled_against_float64(
+    emulation: Emulation, batch: int, rows: int, columns: int, dtype: torch.dtype, tile: int
+) -> None:
+    layer = random_layer(rows, columns, dtype)
+    wide = torch.randn(batch, columns + 24).to(dtype)
+    x, bias = wide[:, 8 : columns + 8], torch.randn(rows).to(dtype)
+    packed = to_fragments(layer.values, layer.bitmask)
+    cut = cut_into(tiles(TYPES[dtype, dtype])[tile], batch, rows, columns)
+    launch = Launcher(emulation, [*packed, wide, bias], seed=batch)
+    y = tiled_linear(x, *packed, rows, bias, cut=cut, launch=launch)
+    assert relative_error(y, x, layer.dense, bias) < torch.finfo(dtype).eps
+    assert all((reads > 0).all() for reads in launch.reads[:2]), "a byte of the weight was not read"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("format", "group_size"), [(INT8, None), (FP8, 64), (INT4, 128), (INT4, 64)])
+@pytest.mark.parametrize("tile", [0, 1, 2])
+def test_tiled_weight_only(
+    emulation: Emulation, format: ValueFormat, group_size: int | None, dtype: torch.dtype, tile: int
+) -> None:
+    values, bitmask, scale, dense = quantized_layer(301, 328, format, group_size)
+    packed = weight_only.pack(values, bitmask, scale, group_size)
+    x, bias = torch.randn(70, 328).to(dtype), torch.randn(301).to(dtype)
+    cut = cut_into(tiles(Types("W8", "Bf16"))[tile], 70, 301, 328)
+    launch = Launcher(emulation, [packed, x])
+    y = weight_only_linear(x, packed, 301, format.bits, group_size, bias, method="tiled", cut=cut, launch=launch)
+    assert relative_error(y, x, dense, bias) < torch.finfo(dtype).eps
+
+
+def test_tiles_leave_no_multiprocessor_idle() -> None:
+    types = TYPES[torch.bfloat16, torch.bfloat16]
+    by_size = tiles(types)
+    assert [best_tile(M, 4096, 132, types) for M in (256, 512, 1024)] == list(by_size)
+    assert all(best_tile(M, 14336, 108, types) == by_size[-1] for M in (2048, 4096, 8192))
+    assert tiles(Types("S8", "Bf16")) == ()
 
 
 @pytest.mark.parametrize("dtype", DTYPES_8_BIT)
@@ -223,7 +271,7 @@ def test_weight_only(
     assert (reads == 1).all(), "a byte of the weight was not read exactly once"
     assert relative_error(y, x, dense, bias) < torch.finfo(dtype).eps
     several = weight_only_linear(
-        x, packed, rows, bits, group_size, bias, expanded=True, launch=Launcher(emulation, [packed])
+        x, packed, rows, bits, group_size, bias, method="expanded", launch=Launcher(emulation, [packed])
     )
     assert relative_error(several, x, dense, bias) < 2 * torch.finfo(dtype).eps  # the weight is rounded as well
 
@@ -255,8 +303,20 @@ VARIANTS_TO_TUNE = [
 
 
 @pytest.mark.slow
+def test_other_tiles(tmp_path: Path) -> None:
+    types = TYPES[torch.bfloat16, torch.bfloat16]
+    emulation = Emulation(tmp_path, [types], TILES)
+    layer, x = random_layer(300, 200, torch.bfloat16), torch.randn(140, 200).bfloat16()
+    packed = to_fragments(layer.values, layer.bitmask)
+    for tile in TILES:
+        y = tiled_linear(x, *packed, 300, cut=cut_into(tile, 140, 300, 200), launch=Launcher(emulation, [*packed, x]))
+        torch.testing.assert_close(y.double(), x.double() @ layer.dense.double().T, rtol=1e-2, atol=1e-2)
+    nvrtc.compile_source(source(types, tuple(TILES)), "sm_90a")
+
+
+@pytest.mark.slow
 def test_other_variants(tmp_path: Path) -> None:
-    emulation = Emulation(tmp_path, VARIANTS_TO_TUNE, [TYPES[torch.bfloat16, torch.bfloat16]])
+    emulation = Emulation(tmp_path, [TYPES[torch.bfloat16, torch.bfloat16]], VARIANTS_TO_TUNE)
     layer = random_layer(300, 840, torch.bfloat16)
     packed = to_fragments(layer.values, layer.bitmask)
     for variant in VARIANTS_TO_TUNE:

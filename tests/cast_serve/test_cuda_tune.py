@@ -50,7 +50,7 @@ class Scripted(Rehearsal):
 
     def seconds(self, calls: Sequence[Any], *, repeats: int = 10, budget: float = 0.05) -> float:  # type: ignore[override]
         call: partial[Any] = calls[0]
-        name = {"linear": "dense", "_expanded": "expanded"}.get(call.func.__name__, "small_m")
+        name = {"linear": "dense", "_expanded": "expanded", "tiled": "tiled"}.get(call.func.__name__, "small_m")
         rows = call.args[0].shape[0]
         self.measured.append((name, rows))
         if name == "expanded" and rows == 64:
@@ -59,26 +59,26 @@ class Scripted(Rehearsal):
 
 
 def test_every_method_is_measured_until_it_is_hopeless() -> None:
-    machine = Scripted({"dense": 10.0, "small_m": 1.0, "expanded": 20.0})
+    machine = Scripted({"dense": 10.0, "small_m": 1.0, "expanded": 20.0, "tiled": 30.0})
     counted = []
     points = tune(machine, [LAYER], [1, 64, 128, 256, 512], counted.append)[LAYER]
     assert [set(point.seconds) for point in points] == [
         {"dense", "small_m"},
-        {"dense", "small_m"},  # a shape that expanded refuses
-        {"dense", "small_m", "expanded"},
-        {"dense", "small_m", "expanded"},
-        {"dense", "expanded"},
+        {"dense", "small_m", "tiled"},  # a shape that expanded refuses
+        {"dense", "small_m", "tiled", "expanded"},
+        {"dense", "small_m", "tiled", "expanded"},
+        {"dense", "tiled", "expanded"},
     ]
     assert len(counted) == 5
     table = crossover.Table({LAYER: points}, crossover.DEVICES["H100"])
-    assert [table.choose(M, LAYER, False).method for M in (1, 64, 100)] == ["small_m", "small_m", "expanded"]
+    assert [table.choose(M, LAYER, False).method for M in (1, 64, 100)] == ["small_m", "tiled", "expanded"]
 
 
 @pytest.mark.parametrize("values", ["int8", "int4 g64", "float8_e4m3fn"])
 def test_quantized_layers_are_measured(values: str, monkeypatch: pytest.MonkeyPatch) -> None:
     machine, layer = Rehearsal(), (48, 136, values)
     for point in tune(machine, [layer], [1, 64])[layer]:
-        assert set(point.seconds) == {"dense", "small_m"} | ({"expanded"} if point.rows > 32 else set())
+        assert set(point.seconds) == {"dense", "small_m"} | ({"tiled", "expanded"} if point.rows > 32 else set())
     machine.has_cusparselt = True
     monkeypatch.setattr(cusparselt, "fits", lambda *_: True)
     monkeypatch.setattr(cusparselt, "compress", lambda dense: dense)

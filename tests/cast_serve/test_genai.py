@@ -25,10 +25,12 @@ from cast_serve.cli import build_app
 from cast_serve.genai.export import export_genai
 from cast_serve.genai.gpu_matmul import ARCHITECTURE
 from cast_serve.kernels import library_path
-from cast_serve.kernels.cuda import nvrtc, weight_only
+from cast_serve.kernels.cuda import nvrtc, tiled, weight_only
 from cast_serve.kernels.cuda.layout import to_fragments
+from cast_serve.kernels.cuda.plan import Types
 from cast_serve.kernels.cuda.random_weights import QuantizedWeight
-from cast_serve.kernels.cuda.small_m import VARIANTS, Types, plan, source
+from cast_serve.kernels.cuda.small_m import MAX_ROWS, plan
+from cast_serve.kernels.cuda.source import linear_kernels, source
 from conversion.dense_model import dense_model
 from conversion.errors import InputError
 from conversion.packed_checkpoint import PackedCheckpoint, open_checkpoint
@@ -38,9 +40,12 @@ from tests.cast_serve.fake_cuda.build import MULTIPROCESSORS, FakeCuda
 from tests.cast_serve.sparse_layers import random_layer
 from tests.conversion.models import CONFIGS, make_model, packed
 
-CODE = "//\n.visible .entry small_m_2_1_8_2_4_2(\n.visible .entry small_m_1_1_8_4_4_2(\n.visible .entry expand(\n"
-CODE += ".visible .entry small_m_4_1_8_1_4_2(\n.visible .entry small_m_8_2_4_1_2_2(\n"
-"""What the operator and the fake driver read of PTX."""
+
+def code_of(weight: str) -> bytes:
+    """What the operator and the fake driver read of PTX."""
+    names = ["expand", *(kernel.name for kernel in reversed(linear_kernels(Types(weight, "Fp16"))))]
+    return "".join(["//\n", *(f".visible .entry {name}(\n" for name in names)]).encode()
+
 
 FORMATS = {"Fp16": None, "W8": Quantization(INT8, None), "W4": Quantization(INT4, 64), "F8": Quantization(FP8, None)}
 
@@ -90,7 +95,7 @@ def session(
 @pytest.mark.parametrize(("N", "K"), [(40, 72), (64, 1152), (200, 640)])
 def test_the_operator(weight: str, N: int, K: int, cuda: FakeCuda, use_types: Callable[[str], None]) -> None:
     use_types(weight)
-    quantization = FORMATS[weight]
+    quantization, types = FORMATS[weight], Types(weight, "Fp16")
     attributes = {"N": N, "K": K, "bits": 16}
     if quantization is None:
         layer = random_layer(N, K, torch.float16)
@@ -102,10 +107,10 @@ def test_the_operator(weight: str, N: int, K: int, cuda: FakeCuda, use_types: Ca
         of = random.stored, random.bitmask, random.scale
         stored, dense = weight_only.packed_in_fragments(*of, quantization.group_size), random.dense.double()
     for bias in (None, torch.randn(N).half()):
-        run = session(cuda.operators, stored, CODE.encode(), bias, **attributes)
+        run = session(cuda.operators, stored, code_of(weight), bias, **attributes)
         cuda.launches()
         splits = []
-        for shape in [(1,), (3, 5), (2, 20), (70,)]:
+        for shape in [(1,), (3, 5), (2, 20), (130,)]:
             x = torch.randn(*shape, K).half()
             (y,) = run.run(None, {"x": x.numpy()})
             exact = x.double() @ dense.T + (0 if bias is None else bias.double())
@@ -113,8 +118,9 @@ def test_the_operator(weight: str, N: int, K: int, cuda: FakeCuda, use_types: Ca
             assert y.shape == (*shape, N)
             error = (torch.from_numpy(y).double() - exact).abs().max() / exact.abs().max()
             assert error < 2e-3
-            cut = plan(x.shape[:-1].numel(), N, K, MULTIPROCESSORS)
-            assert cuda.launches() == [" ".join([cut.variant.name, *map(str, cut.grid)])]
+            M = x.shape[:-1].numel()
+            cut = plan(M, N, K, MULTIPROCESSORS) if M <= MAX_ROWS else tiled.plan(M, N, K, MULTIPROCESSORS, types)
+            assert cuda.launches() == [" ".join([cut.kernel.name, *map(str, cut.grid)])]
             splits.append(cut.splits)
         assert (max(splits) > 1) == (K > 128)
         (y,) = run.run(None, {"x": np.zeros((2, 0, K), np.float16)})
@@ -144,7 +150,7 @@ def test_what_does_not_fit_is_refused(cuda: FakeCuda, use_types: Callable[[str],
     use_types("Fp16")
     layer = random_layer(32, 64, torch.float16)
     stored = torch.cat([part.view(torch.uint8).flatten() for part in to_fragments(layer.values, layer.bitmask)])
-    code, x = CODE.encode(), {"x": np.zeros((1, 64), np.float16)}
+    code, x = code_of("Fp16"), {"x": np.zeros((1, 64), np.float16)}
     with pytest.raises(Exception, match=r"weight has shape \[2303\], expected \[2304\]"):
         session(cuda.operators, stored[:-1], code, None, N=32, K=64, bits=16).run(None, x)
     with pytest.raises(Exception, match=r"bias has shape \[31\], expected \[32\]"):
@@ -254,8 +260,8 @@ def test_the_code_in_the_file_is_the_kernels(tmp_path: Path) -> None:
     code = next(each for each in model.graph.initializer if each.name == "cast24.kernels")
     text = numpy_helper.to_array(code).tobytes().decode()
     assert text == nvrtc.compile_source(source(Types("W4", "Fp16")), ARCHITECTURE).code.rstrip(b"\0").decode()
-    for variant in VARIANTS:
-        assert f".entry {variant.name}(" in text
+    for kernel in linear_kernels(Types("W4", "Fp16")):
+        assert f".entry {kernel.name}(" in text
     products = [node for node in model.graph.node if node.op_type == "MatMul"]
     assert [node.input[1] for node in products] == ["lm_head.MatMul.weight"]
     stored = {each.name: numpy_helper.to_array(each).nbytes for each in model.graph.initializer}

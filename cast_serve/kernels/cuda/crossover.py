@@ -5,6 +5,7 @@ measured with.
 """
 
 import json
+import math
 import os
 from bisect import bisect_left
 from dataclasses import dataclass
@@ -14,18 +15,22 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from cast_serve.kernels.cuda.plan import Types
+from cast_serve.kernels.cuda.tiled import best_tile, rounds, step_bytes
 from conversion.atomic import write_text
 from conversion.quantization.formats import FORMATS
 
-Method = Literal["small_m", "expanded", "cusparselt"]
-"""The kernel that streams the packed weight; cuBLAS on the weight, made dense for the call; cuSPARSELt."""
+Method = Literal["small_m", "tiled", "expanded", "cusparselt"]
+"""The kernels for few and for many rows, both on the packed weight; cuBLAS on the weight, made dense for the call;
+cuSPARSELt on its own copy."""
 METHODS: tuple[Method, ...] = get_args(Method)
 DENSE = "dense"
 """In tables also: cuBLAS on a dense weight, to compare with."""
 
 Layer = tuple[int, int, str]
 """out_features, columns, and values as `values_name` says them."""
-_VERSION = 2  # of the file that a table is kept in
+_VERSION = 3  # of the file that a table is kept in
+_KERNEL_TYPES = {"int8": "W8", "float8_e4m3fn": "F8", "int4": "W4"}
 _BITS = {"bfloat16": 16, "float16": 16} | {name: values.bits for name, values in FORMATS.items()}
 
 
@@ -51,17 +56,27 @@ class Choice:
 
 @dataclass(frozen=True)
 class Device:
-    """What the model knows: bytes/s of memory, FLOP/s of dense 16-bit products; from data sheets."""
+    """What the model knows, mostly from data sheets.
+
+    Attributes:
+        bandwidth: of memory, bytes/s.
+        flops: FLOP/s of dense 16-bit products.
+        mma_flops: FLOP/s of mma.sp, zeros counted; on Hopper, whose full speed is wgmma's, about 0.6 of the double.
+        cache_bandwidth: of the second-level cache, bytes/s, as others measured it.
+    """
 
     bandwidth: float
     flops: float
+    mma_flops: float
+    cache_bandwidth: float
+    multiprocessors: int
 
 
 DEVICES = {
-    "H200": Device(4.8e12, 989e12),
-    "H100": Device(3.35e12, 989e12),
-    "A100": Device(2.04e12, 312e12),
-    "RTX 4090": Device(1.008e12, 165e12),
+    "H200": Device(4.8e12, 989e12, 1.2e15, 5.5e12, 132),
+    "H100": Device(3.35e12, 989e12, 1.2e15, 5.5e12, 132),
+    "A100": Device(2.04e12, 312e12, 624e12, 4.5e12, 108),
+    "RTX 4090": Device(1.008e12, 165e12, 330e12, 5e12, 128),
 }
 
 
@@ -71,19 +86,27 @@ def values_name(values: str, group_size: int | None) -> str:
 
 
 def modelled_device(name: str) -> Device:
-    """The device of DEVICES whose name is part of `name`, or H100: only the ratio of the two numbers matters."""
+    """The device of DEVICES whose name is part of `name`, or H100: only ratios of the numbers matter."""
     return next((device for known, device in DEVICES.items() if known in name), DEVICES["H100"])
 
 
 def modelled_seconds(method: Method, M: int, layer: Layer, device: Device) -> float:
     """A guess, not a measurement: bytes over bandwidth or operations over a part of the peak, the longer of the two."""
     launch, (N, K, values) = 3e-6, layer
-    bits = _BITS[values.partition(" ")[0]]
+    name = values.partition(" ")[0]
+    bits = _BITS[name]
     dense_bytes, flops, in_out = 2.0 * N * K, 2.0 * M * N * K, 2.0 * M * (N + K)
     packed_bytes = N * K * (bits / 2 + 1) / 8  # half of the values, and two bits for each of them
     if method == "small_m":  # reads the weight anew for each 64 rows
         memory = (packed_bytes * -(-M // 64) + in_out) / device.bandwidth
         return max(memory, flops / (0.4 * device.flops)) + launch
+    if method == "tiled":
+        types = Types(_KERNEL_TYPES.get(name, "Bf16"), "Bf16")
+        tile = best_tile(M, N, device.multiprocessors, types)
+        blocks = rounds(tile, M, N, device.multiprocessors) * device.multiprocessors
+        products = 2.0 * blocks * K * math.prod(tile.shape) / (0.6 * device.mma_flops)
+        cached = blocks * K / 64 * step_bytes(tile, types) / device.cache_bandwidth
+        return max((packed_bytes + in_out) / device.bandwidth, products, cached) + launch
     if method == "cusparselt":  # 1.5 times cuBLAS where there is enough to do
         tiles = 2.0 * max(M, 128) * N * K * bits / 16
         return max((packed_bytes + in_out) / device.bandwidth, tiles / (0.7 * 1.5 * device.flops)) + 3 * launch

@@ -1,4 +1,4 @@
-"""y = x W^T + bias on a GPU, W packed: for few rows of x by the kernel that streams W once, for many by a product."""
+"""y = x W^T + bias on a GPU, W packed, and what else the kernels of csrc/ do."""
 
 import ctypes
 import importlib.util
@@ -7,17 +7,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from cast_serve.kernels.cuda import nvrtc
+from cast_serve.kernels.cuda import nvrtc, tiled
+from cast_serve.kernels.cuda.arguments import ExpandArguments, LinearArguments, QuantizeArguments
 from cast_serve.kernels.cuda.layout import STEP, to_fragments
-from cast_serve.kernels.cuda.small_m import (
-    ExpandArguments,
-    LinearArguments,
-    Plan,
-    QuantizeArguments,
-    Types,
-    plan,
-    source,
-)
+from cast_serve.kernels.cuda.plan import Plan, Types
+from cast_serve.kernels.cuda.small_m import plan
+from cast_serve.kernels.cuda.source import source
 from conversion.errors import InputError
 from conversion.packed import check_bitmask
 
@@ -44,7 +39,7 @@ def launch_on_gpu(
     kernels(source(types), torch.cuda.current_device()).launch(name, grid, threads, arguments, overlap)
 
 
-def small_m_linear(
+def packed_linear(
     x: Tensor,
     fragments: Tensor,
     metadata: Tensor,
@@ -60,7 +55,7 @@ def small_m_linear(
     overlap: bool = False,
     launch: Launch | None = None,
 ) -> Tensor:
-    """Multiply by a weight in the layout of `layout.to_fragments`, reading it once for each 64 rows of x.
+    """Multiply by a weight in the layout of `layout.to_fragments`.
 
     Args:
         x: [M, K] of the weight's dtype, any strides, K a multiple of 8.
@@ -70,7 +65,8 @@ def small_m_linear(
         dtype: of y, bfloat16 or float16; default x's.
         types: of the kernel, where dtypes do not say it: weights of "W8", "F8" or "W4", see `weight_only`, whose
             w_scale is [row tiles, groups, 16], of `group_steps` steps each.
-        cut: the call cut into blocks, default `plan`'s.
+        cut: the kernel, and the call cut into blocks: `small_m.plan`, which is the default and reads the weight once
+            for each 64 rows of x, or `tiled.plan`.
         overlap: begin to read the weight while the stream's previous kernel still runs (sm_90 and newer), which must
             not be one that writes the weight.
 
@@ -99,8 +95,24 @@ def small_m_linear(
         *_groups(w_scale, group_steps),
     )
     types = types or TYPES[fragments.dtype, y.dtype]
-    (launch or launch_on_gpu)(types, cut.variant.name, cut.grid, 32 * cut.variant.warps, arguments, overlap)
+    (launch or launch_on_gpu)(types, cut.kernel.name, cut.grid, 32 * cut.kernel.warps, arguments, overlap)
     return y
+
+
+def tiled_linear(
+    x: Tensor,
+    fragments: Tensor,
+    metadata: Tensor,
+    out_features: int,
+    bias: Tensor | None = None,
+    *,
+    cut: Plan | None = None,
+    launch: Launch | None = None,
+) -> Tensor:
+    """`packed_linear` of 16-bit types by the kernel for many rows of x."""
+    types = TYPES[fragments.dtype, x.dtype]
+    cut = cut or tiled.plan(len(x), out_features, x.shape[1], multiprocessors(x.device), types)
+    return packed_linear(x, fragments, metadata, out_features, bias, cut=cut, launch=launch)
 
 
 def in_rows_of_16_bytes(x: Tensor) -> Tensor:
@@ -131,7 +143,7 @@ def expand(
     group_steps: int | None = None,
     launch: Launch | None = None,
 ) -> Tensor:
-    """The dense weight [out_features, columns] of a packed one; with scales and types as for `small_m_linear`."""
+    """The dense weight [out_features, columns] of a packed one; with scales and types as for `packed_linear`."""
     types = types or TYPES[fragments.dtype, fragments.dtype]
     dtype = DTYPES[types.output]
     dense = torch.empty(out_features, columns, dtype=dtype, device=fragments.device)
@@ -147,7 +159,7 @@ def expand(
 def quantize_rows(x: Tensor, dtype: torch.dtype, *, launch: Launch | None = None) -> tuple[Tensor, Tensor]:
     """Round x [M, K], bfloat16 or float16, to int8 or float8_e4m3fn: (values [M, K], scale [M] float32 of each row)."""
     M, K = x.shape
-    # rows start at multiples of 16 bytes, as small_m_linear reads them
+    # rows start at multiples of 16 bytes, as packed_linear reads them
     quantized = torch.empty(M, -(-K // 16) * 16, dtype=dtype, device=x.device)[:, :K]
     scale = torch.empty(M, dtype=torch.float32, device=x.device)
     if M > 0:
@@ -179,7 +191,7 @@ def quantized_linear(
     """
     rounded, x_scale = quantize_rows(x, fragments.dtype, launch=launch)
     weight = (fragments, metadata, out_features, bias)
-    return small_m_linear(rounded, *weight, x_scale=x_scale, w_scale=scale, dtype=x.dtype, launch=launch)
+    return packed_linear(rounded, *weight, x_scale=x_scale, w_scale=scale, dtype=x.dtype, launch=launch)
 
 
 def prepack(values: Tensor, bitmask: Tensor) -> tuple[Tensor, Tensor]:

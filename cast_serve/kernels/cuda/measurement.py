@@ -12,11 +12,20 @@ from torch.nn.functional import linear
 
 from cast_serve.kernels.cuda import cusparselt
 from cast_serve.kernels.cuda.layout import from_fragments
-from cast_serve.kernels.cuda.linear import TYPES, Launch, expand, multiprocessors, quantize_rows, small_m_linear
+from cast_serve.kernels.cuda.linear import (
+    TYPES,
+    Launch,
+    expand,
+    multiprocessors,
+    packed_linear,
+    quantize_rows,
+    tiled_linear,
+)
+from cast_serve.kernels.cuda.plan import Kernel, Plan
 from cast_serve.kernels.cuda.random_weights import QuantizedWeight, Weight
-from cast_serve.kernels.cuda.small_m import Plan, Variant, source
+from cast_serve.kernels.cuda.source import source
 from cast_serve.kernels.cuda.timing import copies, copy_bandwidth, seconds_per_call
-from cast_serve.kernels.cuda.weight_only import weight_only_linear
+from cast_serve.kernels.cuda.weight_only import Method, weight_only_linear
 from conversion.quantization.formats import Quantization
 
 Call = Callable[[], object]
@@ -32,7 +41,8 @@ class Gpu:
         self.has_cusparselt = cusparselt.available()
         self.has_triton = importlib.util.find_spec("triton") is not None
 
-    small_m = staticmethod(small_m_linear)
+    small_m = staticmethod(packed_linear)
+    tiled = staticmethod(tiled_linear)
     expand = staticmethod(expand)
     quantize_rows = staticmethod(quantize_rows)
     weight_only = staticmethod(weight_only_linear)
@@ -58,11 +68,11 @@ class Gpu:
         """Bytes/s of a copy, read and written."""
         return copy_bandwidth()
 
-    def launcher(self, variants: tuple[Variant, ...], dtype: torch.dtype) -> Launch:
-        """Launches other variants than the usual ones."""
+    def launcher(self, linear: tuple[Kernel, ...], dtype: torch.dtype) -> Launch:
+        """Launches other kernels than the usual ones."""
         from cast_serve.kernels.cuda.driver import kernels
 
-        loaded = kernels(source(TYPES[dtype, dtype], variants), self.device.index)
+        loaded = kernels(source(TYPES[dtype, dtype], linear), self.device.index)
         return lambda _, *launch: loaded.launch(*launch)
 
 
@@ -106,6 +116,11 @@ class Layer:
         x, call = cycle(self.inputs(M)), partial(self.machine.small_m, cut=cut, launch=launch, overlap=overlap)
         return [partial(call, next(x), fragments, metadata, self.N) for fragments, metadata in self.packed]
 
+    def tiled(self, M: int, cut: Plan | None = None, launch: Launch | None = None) -> list[Call]:
+        """Calls of the kernel for many rows, one for each copy of the weight."""
+        x, call = cycle(self.inputs(M)), partial(self.machine.tiled, cut=cut, launch=launch)
+        return [partial(call, next(x), fragments, metadata, self.N) for fragments, metadata in self.packed]
+
     def triton(self, M: int) -> list[Call]:
         """Calls of the Triton kernel, one for each copy of the portable weight."""
         x = cycle(self.inputs(M))
@@ -123,6 +138,7 @@ class Layer:
             "small_m": Candidate(self.small_m(M), self.packed_bytes),
         }
         if M > 32:
+            found["tiled"] = Candidate(self.tiled(M), self.packed_bytes)
             calls: list[Call] = [partial(self._expanded, next(x), *packed) for packed in self.packed]
             found["expanded"] = Candidate(calls, self.packed_bytes)
         if self.compressed:
@@ -156,17 +172,17 @@ class QuantizedLayer:
         machine, bits, group_size = self.machine, self.quantization.values.bits, self.quantization.group_size
         x = cycle([torch.randn(M, self.K, device=machine.device).bfloat16() for _ in range(8)])
 
-        def packed(expanded: bool) -> Candidate:
-            call = partial(machine.weight_only, expanded=expanded)
+        def packed(method: Method) -> Candidate:
+            call = partial(machine.weight_only, method=method)
             calls = [partial(call, next(x), weight, self.N, bits, group_size) for weight in self.packed]
             return Candidate(calls, self.packed[0].nbytes)
 
         found = {
             "dense": Candidate([partial(linear, next(x), dense) for dense in self.dense], self.dense[0].nbytes),
-            "small_m": packed(expanded=False),
+            "small_m": packed("small_m"),
         }
         if M > 32:
-            found["expanded"] = packed(expanded=True)
+            found |= {"tiled": packed("tiled"), "expanded": packed("expanded")}
         if self.compressed:
             calls = [partial(cusparselt.linear_rounding, next(x), w, self.scale, None) for w in self.compressed]
             found["cusparselt"] = Candidate(calls, self.compressed[0].nbytes)

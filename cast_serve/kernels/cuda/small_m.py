@@ -1,22 +1,10 @@
 """The kernel for few rows of x: its variants, and how one call is cut into blocks."""
 
-import ctypes
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 
 from cast_serve.kernels.cuda.layout import ROWS, STEP
-
-CSRC = Path(__file__).parent / "csrc"
-SOURCES = ("tensor_core.cuh", "weights.cuh", "small_m.cuh", "expand.cuh", "quantize.cuh")
-
-
-@dataclass(frozen=True)
-class Types:
-    """What a kernel is made for: names of types in csrc/, of the weight and of y."""
-
-    weight: str
-    output: str
+from cast_serve.kernels.cuda.plan import Plan, Types
 
 
 @dataclass(frozen=True)
@@ -59,105 +47,6 @@ VARIANTS = (
 )
 """For up to 8, 16, 32 and 64 rows of x. In the last, two weight tiles share each fragment of x from shared memory."""
 MAX_ROWS = 8 * VARIANTS[-1].column_tiles
-
-
-@cache
-def source(types: Types, variants: tuple[Variant, ...] = VARIANTS) -> str:
-    """CUDA C++ of the variants, without includes."""
-    parts = [(CSRC / name).read_text().replace("#pragma once\n", "") for name in SOURCES]
-    return "\n".join([*parts, *(variant.macro(types) for variant in variants), others(types)]) + "\n"
-
-
-def others(types: Types) -> str:
-    """The kernel `expand`; for products in 8 bits `quantize_rows`, which rounds x."""
-    if types.weight in ("S8", "E4m3"):
-        return f"CAST24_QUANTIZE({types.output}, {types.weight})"
-    return f"CAST24_EXPAND({types.weight}, {types.output})"
-
-
-class LinearArguments(ctypes.Structure):
-    """The structure of the same name in csrc/small_m.cuh."""
-
-    _fields_ = [
-        ("values", ctypes.c_void_p),
-        ("metadata", ctypes.c_void_p),
-        ("x", ctypes.c_void_p),
-        ("x_scale", ctypes.c_void_p),
-        ("w_scale", ctypes.c_void_p),
-        ("bias", ctypes.c_void_p),
-        ("y", ctypes.c_void_p),
-        ("partial", ctypes.c_void_p),
-        ("counters", ctypes.c_void_p),
-        ("x_stride", ctypes.c_longlong),
-        ("M", ctypes.c_int),
-        ("N", ctypes.c_int),
-        ("K", ctypes.c_int),
-        ("row_tiles", ctypes.c_int),
-        ("steps", ctypes.c_int),
-        ("steps_per_split", ctypes.c_int),
-        ("groups", ctypes.c_int),
-        ("group_steps", ctypes.c_int),
-    ]
-
-
-class ExpandArguments(ctypes.Structure):
-    """The structure of the same name in csrc/expand.cuh."""
-
-    _fields_ = [
-        ("values", ctypes.c_void_p),
-        ("metadata", ctypes.c_void_p),
-        ("w_scale", ctypes.c_void_p),
-        ("dense", ctypes.c_void_p),
-        ("N", ctypes.c_int),
-        ("K", ctypes.c_int),
-        ("row_tiles", ctypes.c_int),
-        ("steps", ctypes.c_int),
-        ("groups", ctypes.c_int),
-        ("group_steps", ctypes.c_int),
-    ]
-
-
-class QuantizeArguments(ctypes.Structure):
-    """The structure of the same name in csrc/quantize.cuh."""
-
-    _fields_ = [
-        ("x", ctypes.c_void_p),
-        ("quantized", ctypes.c_void_p),
-        ("scale", ctypes.c_void_p),
-        ("x_stride", ctypes.c_longlong),
-        ("quantized_stride", ctypes.c_longlong),
-        ("K", ctypes.c_int),
-    ]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How one call is cut into blocks.
-
-    Attributes:
-        grid: blocks along N, splits of K, blocks along M.
-    """
-
-    variant: Variant
-    grid: tuple[int, int, int]
-    row_tiles: int
-    steps: int
-    steps_per_split: int
-
-    @property
-    def splits(self) -> int:
-        return self.grid[1]
-
-    @property
-    def partial_bytes(self) -> int:
-        """Of the partial sums: 16 for each lane and tile of 16 x 8; none without splits."""
-        if self.splits == 1:
-            return 0
-        return self.grid[2] * self.splits * self.row_tiles * self.variant.column_tiles * 512
-
-    @property
-    def counters(self) -> int:
-        return self.grid[0] * self.grid[2]
 
 
 @cache

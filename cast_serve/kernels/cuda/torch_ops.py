@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cast_serve.kernels.cuda import cusparselt, dense_quantized, weight_only
 from cast_serve.kernels.cuda.crossover import table, values_name
-from cast_serve.kernels.cuda.linear import check, expand, is_portable, prepack, small_m_linear
+from cast_serve.kernels.cuda.linear import check, expand, is_portable, packed_linear, prepack, tiled_linear
 from cast_serve.kernels.cuda.weight_only import parts, weight_only_linear
 from conversion.errors import InputError
 
@@ -37,7 +37,9 @@ def linear_cuda(
     layer = (out_features, columns, str(dtype).removeprefix("torch."))
     choice = table(x.device.index).choose(rows.shape[0], layer, compressed is not None)
     if choice.method == "small_m" or rows.shape[0] == 0:
-        y = small_m_linear(rows, fragments, metadata, out_features, bias)
+        y = packed_linear(rows, fragments, metadata, out_features, bias)
+    elif choice.method == "tiled":
+        y = tiled_linear(rows, fragments, metadata, out_features, bias)
     elif choice.method == "cusparselt" and compressed is not None:
         y = cusparselt.linear(rows, compressed, bias, choice.algorithm)
     else:
@@ -111,8 +113,8 @@ def linear_quantized_cuda(
         scale = parts(panels, out_features, x.shape[-1], bits, None).scale.flatten()[:out_features]
         y = cusparselt.linear_rounding(rows, compressed, scale, bias)
     else:
-        expanded = choice.method == "expanded"
-        y = weight_only_linear(rows, panels, out_features, bits, group_size or None, bias, expanded=expanded)
+        method = "small_m" if choice.method == "cusparselt" else choice.method
+        y = weight_only_linear(rows, panels, out_features, bits, group_size or None, bias, method=method)
     return y.view(*x.shape[:-1], out_features).to(x.dtype)
 
 

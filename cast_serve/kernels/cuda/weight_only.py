@@ -6,18 +6,22 @@ metadata, then scales. A lane has its 16 values of a step together: 16 bytes, 8-
 are scaled in float32, so the only rounding is that of the product's terms, none.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from cast_serve.kernels.cuda import tiled
 from cast_serve.kernels.cuda.layout import LANES, ROWS, STEP, to_fragments
-from cast_serve.kernels.cuda.linear import Launch, expand, prepare, small_m_linear
-from cast_serve.kernels.cuda.small_m import Plan, Types
+from cast_serve.kernels.cuda.linear import Launch, expand, multiprocessors, packed_linear, prepare
+from cast_serve.kernels.cuda.plan import Plan, Types
 from conversion.errors import InputError
 from conversion.quantization.formats import INT4, decode, groups_of
 
 OUTPUTS = {torch.bfloat16: "Bf16", torch.float16: "Fp16"}
+
+
+Method = Literal["small_m", "tiled", "expanded"]
 
 
 class Parts(NamedTuple):
@@ -125,20 +129,22 @@ def weight_only_linear(
     group_size: int | None,
     bias: Tensor | None = None,
     *,
-    expanded: bool = False,
+    method: Method = "small_m",
     cut: Plan | None = None,
     launch: Launch | None = None,
 ) -> Tensor:
     """x [M, K] bfloat16 or float16 times what `pack` returns, plus bias of x's dtype: [M, out_features] of x's dtype.
 
     Args:
-        expanded: make the weight dense for the call, and let cuBLAS multiply.
+        method: the kernel for few rows, or the one for many; "expanded" makes the weight dense for the call, and lets
+            cuBLAS multiply.
+        cut: the call cut into blocks, for one of the two kernels.
     """
     K = x.shape[1]
     fragments, metadata, scale = parts(packed, out_features, K, bits, group_size)
     types = _types(bits, packed.dtype == torch.float8_e4m3fn, x.dtype)
     group_steps = metadata.shape[1] if group_size is None else group_size // STEP
-    if expanded:
+    if method == "expanded":
         dense = expand(
             *(fragments, metadata, out_features, K),
             w_scale=scale,
@@ -147,7 +153,9 @@ def weight_only_linear(
             launch=launch,
         )
         return torch.nn.functional.linear(x, dense, bias)
-    return small_m_linear(
+    if method == "tiled" and cut is None:
+        cut = tiled.plan(len(x), out_features, K, multiprocessors(x.device), types)
+    return packed_linear(
         *(x, fragments, metadata, out_features, bias),
         w_scale=scale,
         types=types,

@@ -1,5 +1,6 @@
 // Runs CUDA kernels of one block shape on the CPU: every thread is a fiber, and a block's fibers take turns at each
-// __syncthreads() and each mma.sp, in random order, so that a missing barrier shows. Takes tensor_core.cuh's place.
+// __syncthreads() and each instruction of a whole warp, in random order, so that a missing barrier shows. Asynchronous
+// copies are made at once or as late as they may be, by chance. Takes tensor_core.cuh's place.
 //
 // mma.sp follows the tables of the PTX ISA, sections 9.7.14.6.1 (storage), .2.2 (m16n8k32, 16-bit types) and .2.6
 // (m16n8k64, 8-bit types), and knows nothing of how the weight was packed.
@@ -13,6 +14,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <functional>
 #include <random>
 #include <vector>
@@ -75,8 +77,13 @@ inline void read(const void* p, size_t bytes) {
   if (checked) fail("load outside of every argument");
 }
 
+struct Copy {
+  uint4* to;
+  uint4 value;
+};
 struct Fiber {
   ucontext_t context;
+  std::deque<std::vector<Copy>> copies;  // groups under way, the last one still open
   std::vector<char> stack = std::vector<char>(96 << 10);
   bool done;
 };
@@ -97,24 +104,46 @@ inline void entry() {
   swapcontext(&fibers[threadIdx.x].context, &scheduler);
 }
 
-// One warp's registers at an mma.sp; the next one uses the other half, as lanes are at most one apart.
+// One warp's registers at an instruction that all its lanes make together; the next one uses the other half, as lanes are
+// at most one apart.
+struct Registers {
+  uint4 a[32], b[32];
+  unsigned e[32];
+  const uint4* row[32];
+  float A[16][64], B[64][8];  // what the fragments hold, once a lane has put that together
+  bool assembled;
+};
 struct Exchange {
-  uint4 a[2][32], b[2][32];
-  unsigned e[2][32];
+  Registers half[2];
   unsigned count[32];
 };
 inline std::vector<Exchange> warps;
+inline bool copies_are_late;
+
+// Leaves this lane's registers, and returns those of the warp once all lanes are here.
+template <class Leave>
+Registers& exchange(Leave leave) {
+  const int lane = threadIdx.x % 32;
+  Exchange& warp = warps[threadIdx.x / 32];
+  const unsigned turn = warp.count[lane]++;
+  warp.half[turn % 2].assembled = false;
+  leave(warp.half[turn % 2], lane);
+  while (*std::min_element(warp.count, warp.count + 32) <= turn) yield();
+  return warp.half[turn % 2];
+}
 
 inline void run_block(int threads, std::mt19937& random) {
   fibers.resize(threads);
   warps.assign(threads / 32, Exchange{});
   arrived = 0;
   generation = 0;
+  copies_are_late = random() % 2;
   std::vector<int> order(threads);
   for (int t = 0; t < threads; ++t) {
     order[t] = t;
     Fiber& fiber = fibers[t];
     fiber.done = false;
+    fiber.copies.assign(1, {});
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack.data();
     fiber.context.uc_stack.ss_size = fiber.stack.size();
@@ -181,6 +210,40 @@ inline uint2 load(const uint2* p) {
   return *p;
 }
 inline uint4 load_shared_by_blocks(const uint4* p) { return *p; }
+
+inline void copy_async(uint4* to, const unsigned char* from, bool there) {
+  if (reinterpret_cast<uintptr_t>(to) % 16) emulation::fail("misaligned copy");
+  const uint4 value = there ? load(reinterpret_cast<const uint4*>(from)) : uint4{};
+  if (emulation::copies_are_late)
+    emulation::fibers[threadIdx.x].copies.back().push_back({to, value});
+  else
+    *to = value;
+}
+inline void end_copies() { emulation::fibers[threadIdx.x].copies.emplace_back(); }
+template <int kLeft>
+void wait_for_copies() {
+  auto& groups = emulation::fibers[threadIdx.x].copies;
+  for (; groups.size() > kLeft + 1; groups.pop_front())
+    for (const emulation::Copy& copy : groups.front()) *copy.to = copy.value;
+}
+
+inline uint4 load_matrices(const uint4* row) {
+  const emulation::Registers& warp =
+      emulation::exchange([&](emulation::Registers& registers, int lane) { registers.row[lane] = row; });
+  const int lane = threadIdx.x % 32;
+  unsigned words[4];
+  for (int i = 0; i < 4; ++i)
+    words[i] = reinterpret_cast<const unsigned*>(warp.row[8 * i + lane / 4])[lane % 4];
+  return {words[0], words[1], words[2], words[3]};
+}
+
+inline unsigned transposed(unsigned pair) {
+  const emulation::Registers& warp =
+      emulation::exchange([&](emulation::Registers& registers, int lane) { registers.e[lane] = pair; });
+  const int lane = threadIdx.x % 32;
+  auto value = [&](int row, int column) { return warp.e[4 * row + column / 2] >> column % 2 * 16 & 0xffff; };
+  return value(2 * (lane % 4), lane / 4) | value(2 * (lane % 4) + 1, lane / 4) << 16;
+}
 
 inline void let_next_begin() {}
 inline void wait_for_previous() {}
@@ -274,20 +337,12 @@ float element(T type, const uint4& fragment, int i) {
     return to_float(type, static_cast<unsigned short>(bits));
 }
 
-template <int kSelector, class T, class Sum>
-void mma_sp(T type, Sum (&d)[4], const uint4& a, const uint4& b, unsigned e) {
+// A and B of a warp's fragments.
+template <int kSelector, class T>
+void assemble(T type, emulation::Registers& warp) {
   constexpr bool wide = !(std::is_same_v<T, S8> || std::is_same_v<T, E4m3>);  // 16-bit
-  constexpr int K = wide ? 32 : 64, elements = wide ? 8 : 16;
-  const int lane = threadIdx.x % 32;
-  emulation::Exchange& warp = emulation::warps[threadIdx.x / 32];
-  const unsigned turn = warp.count[lane]++, half = turn % 2;
-  warp.a[half][lane] = a;
-  warp.b[half][lane] = b;
-  warp.e[half][lane] = e;
-  while (*std::min_element(warp.count, warp.count + 32) <= turn) emulation::yield();
-
-  static float A[16][64], B[64][8];
-  std::memset(A, 0, sizeof A);
+  constexpr int elements = wide ? 8 : 16;
+  std::memset(warp.A, 0, sizeof warp.A);
   for (int l = 0; l < 32; ++l) {
     const int group = l >> 2, thread = l % 4;  // groupID and threadID_in_group
     for (int i = 0; i < elements; ++i) {
@@ -302,18 +357,30 @@ void mma_sp(T type, Sum (&d)[4], const uint4& a, const uint4& b, unsigned e) {
       // Figures 122, 136 and 137: which lane tells where in row and chunk, and in which of its bits
       const int teller = wide ? 4 * (row % 8) + 2 * kSelector + chunk / 16 : 4 * (row % 8) + row / 8 + 2 * (chunk / 32);
       const int shift = wide ? row / 8 * 16 + chunk % 16 : chunk % 32;
-      const unsigned pair = warp.e[half][teller] >> shift & 15;
+      const unsigned pair = warp.e[teller] >> shift & 15;
       if ((pair & 3) >= pair >> 2) emulation::fail("metadata out of order");
-      A[row][chunk + (i % 2 ? pair >> 2 : pair & 3)] = element(type, warp.a[half][l], i);
+      warp.A[row][chunk + (i % 2 ? pair >> 2 : pair & 3)] = element(type, warp.a[l], i);
       const int k = wide ? thread * 2 + i % 2 + i / 2 * 8 : thread * 4 + i % 4 + i / 4 * 16;
-      B[k][group] = element(type, warp.b[half][l], i);
+      warp.B[k][group] = element(type, warp.b[l], i);
     }
   }
-  const int group = lane >> 2, thread = lane % 4;
+  warp.assembled = true;
+}
+
+template <int kSelector, class T, class Sum>
+void mma_sp(T type, Sum (&d)[4], const uint4& a, const uint4& b, unsigned e) {
+  constexpr int K = std::is_same_v<T, S8> || std::is_same_v<T, E4m3> ? 64 : 32;
+  emulation::Registers& warp = emulation::exchange([&](emulation::Registers& registers, int lane) {
+    registers.a[lane] = a;
+    registers.b[lane] = b;
+    registers.e[lane] = e;
+  });
+  if (!warp.assembled) assemble<kSelector>(type, warp);
+  const int lane = threadIdx.x % 32, group = lane >> 2, thread = lane % 4;
   for (int i = 0; i < 4; ++i) {
     const int row = i < 2 ? group : group + 8, column = thread * 2 + i % 2;
     double sum = d[i];
-    for (int k = 0; k < K; ++k) sum += static_cast<double>(A[row][k]) * B[k][column];
+    for (int k = 0; k < K; ++k) sum += static_cast<double>(warp.A[row][k]) * warp.B[k][column];
     d[i] = static_cast<Sum>(sum);
   }
 }

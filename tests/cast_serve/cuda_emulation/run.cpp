@@ -3,6 +3,7 @@
 // clang-format off
 #include "weights.cuh"
 #include "small_m.cuh"
+#include "tiled.cuh"
 #include "expand.cuh"
 #include "quantize.cuh"
 #include "kernels.inc"

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cast_serve.kernels.cuda.small_m import CSRC, Types, Variant, others
+from cast_serve.kernels.cuda.plan import Kernel, Types
+from cast_serve.kernels.cuda.source import CSRC, linear_kernels, macros
 
 HERE = Path(__file__).parent
 ALL_TYPES = [Types(weight, weight) for weight in ("Bf16", "Fp16")]
@@ -17,17 +18,19 @@ ALL_TYPES += [Types(weight, output) for weight in ("W8", "F8", "W4") for output 
 
 
 class Emulation:
-    """Kernels of `variants` for each of `types`, compiled for the CPU into `library`."""
+    """The kernels `linear`, or all, for each of `types`, compiled for the CPU into `library`."""
 
-    def __init__(self, directory: Path, variants: Sequence[Variant], types: Sequence[Types]) -> None:
+    def __init__(self, directory: Path, types: Sequence[Types], linear: Sequence[Kernel] | None = None) -> None:
         lines, names = [], []
         for kinds in types:
-            for variant in variants:
-                names.append(_name(kinds, variant.name))
-                lines.append(variant.macro(kinds).replace(variant.name, names[-1], 1))
-            other = "quantize_rows" if "QUANTIZE" in others(kinds) else "expand"
+            chosen = linear_kernels(kinds) if linear is None else linear
+            *multiply, last = macros(kinds, chosen)
+            for kernel, macro in zip(chosen, multiply, strict=True):
+                names.append(_name(kinds, kernel.name))
+                lines.append(macro.replace(kernel.name, names[-1], 1))
+            other = "quantize_rows" if kinds.in_8_bits else "expand"
             names.append(_name(kinds, other))
-            lines.append(f"#define {other} {names[-1]}\n{others(kinds)}\n#undef {other}")
+            lines.append(f"#define {other} {names[-1]}\n{last}\n#undef {other}")
         entries = ", ".join(f"ENTRY({name})" for name in names)
         (directory / "kernels.inc").write_text("\n".join([*lines, f"#define KERNELS {entries}", ""]))
         self.library = directory / "emulation.so"

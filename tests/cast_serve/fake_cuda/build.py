@@ -4,7 +4,7 @@ import ctypes
 import subprocess
 from pathlib import Path
 
-from cast_serve.kernels.cuda.small_m import CSRC
+from cast_serve.kernels.cuda.source import CSRC
 from tests.cast_serve.cuda_emulation.runner import Emulation
 
 HERE = Path(__file__).parent

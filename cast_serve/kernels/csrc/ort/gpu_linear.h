@@ -1,5 +1,5 @@
-// A linear layer with a 2:4 weight on an NVIDIA GPU: the kernels of ../../cuda/csrc/small_m.cuh, whose code the model
-// itself holds, on the stream that ONNX Runtime works on.
+// A linear layer with a 2:4 weight on an NVIDIA GPU: the kernels of ../../cuda/csrc, whose code the model itself
+// holds, on the stream that ONNX Runtime works on.
 #pragma once
 
 #include <algorithm>
@@ -21,64 +21,96 @@
 
 namespace cast24 {
 
-// A kernel small_m_<column tiles>_<row tiles>_<warps>_<warps along K>_<depth>_<blocks>, see small_m.py.
-struct SmallMVariant {
-  std::string name;
-  int64_t column_tiles, row_tiles, warps, warps_k, depth, blocks;
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-  // Those that PTX has, in its order: for ever more rows of x.
-  static std::vector<SmallMVariant> in(const char* code) {
+// A kernel of small_m.py, small_m_<column tiles>_<row tiles>_<warps>_<warps along K>_<depth>_<blocks>, or of tiled.py,
+// tiled_<column tiles>_<row tiles>_<warps along M>_<warps along N>_<blocks>.
+struct GpuKernel {
+  std::string name;
+  int64_t column_tiles, row_tiles, warps, blocks;
+  int64_t warps_k = 1, depth = 1;            // small_m
+  int64_t warps_m = 0, warps_n = 0;          // tiled
+  bool tiled() const { return warps_m > 0; }
+
+  // Those that PTX has: small_m for ever more rows of x, then tiled.
+  static std::vector<GpuKernel> in(const char* code) {
     static const std::string kEntry = ".entry ";
-    std::vector<SmallMVariant> found;
+    std::vector<GpuKernel> found;
     for (const char* at = std::strstr(code, kEntry.c_str()); at != nullptr; at = std::strstr(at, kEntry.c_str())) {
       at += kEntry.size();
-      SmallMVariant v;
-      v.name = std::string(at, std::strcspn(at, "( \n"));
+      GpuKernel kernel;
+      kernel.name = std::string(at, std::strcspn(at, "( \n"));
       long long n[6];
-      if (std::sscanf(v.name.c_str(), "small_m_%lld_%lld_%lld_%lld_%lld_%lld", n, n + 1, n + 2, n + 3, n + 4, n + 5) != 6)
+      const char* name = kernel.name.c_str();
+      if (std::sscanf(name, "small_m_%lld_%lld_%lld_%lld_%lld_%lld", n, n + 1, n + 2, n + 3, n + 4, n + 5) == 6) {
+        kernel.warps = n[2], kernel.warps_k = n[3], kernel.depth = n[4], kernel.blocks = n[5];
+      } else if (std::sscanf(name, "tiled_%lld_%lld_%lld_%lld_%lld", n, n + 1, n + 2, n + 3, n + 4) == 5) {
+        kernel.warps = n[2] * n[3], kernel.warps_m = n[2], kernel.warps_n = n[3], kernel.blocks = n[4];
+      } else {
         continue;
-      v.column_tiles = n[0], v.row_tiles = n[1], v.warps = n[2], v.warps_k = n[3], v.depth = n[4], v.blocks = n[5];
-      found.push_back(v);
+      }
+      kernel.column_tiles = n[0], kernel.row_tiles = n[1];
+      found.push_back(kernel);
     }
     require(!found.empty(), "the code has no kernel small_m_*");
-    std::sort(found.begin(), found.end(),
-              [](const SmallMVariant& a, const SmallMVariant& b) { return a.column_tiles < b.column_tiles; });
+    std::sort(found.begin(), found.end(), [](const GpuKernel& a, const GpuKernel& b) {
+      return std::make_pair(a.tiled(), a.column_tiles) < std::make_pair(b.tiled(), b.column_tiles);
+    });
+    require(!found.front().tiled(), "the code has no kernel small_m_*");
     return found;
   }
 };
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+// How a call is cut into blocks, as by plan() of small_m.py or, for more rows than fit one block of those kernels, of
+// tiled.py.
+struct GpuPlan {
+  const GpuKernel* kernel = nullptr;
+  int64_t grid[3], row_tiles, steps, steps_per_split;
 
-// How a call is cut into blocks, as plan() of small_m.py does it.
-struct SmallMPlan {
-  const SmallMVariant* variant;
-  int64_t along_n, splits, along_m, row_tiles, steps, steps_per_split;
-
-  SmallMPlan(const std::vector<SmallMVariant>& variants, int64_t M, int64_t N, int64_t K, int multiprocessors)
-      : variant(&variants.back()), row_tiles(ceil_div(N, 16)), steps(ceil_div(K, 64)) {
-    for (auto v = variants.rbegin(); v != variants.rend(); ++v)
-      if (8 * v->column_tiles >= M) variant = &*v;
-    along_n = ceil_div(row_tiles * variant->warps_k, variant->row_tiles * variant->warps);
-    along_m = ceil_div(M, 8 * variant->column_tiles);
-    splits = variant->blocks * multiprocessors / (along_n * along_m);
-    splits = std::max<int64_t>(1, std::min(splits, steps / (variant->depth * variant->warps_k)));
-    steps_per_split = ceil_div(steps, splits);
-    splits = ceil_div(steps, steps_per_split);
+  // weight_bytes: of a row in a step of 64 columns.
+  GpuPlan(const std::vector<GpuKernel>& kernels, int64_t M, int64_t N, int64_t K, int64_t weight_bytes, int multiprocessors)
+      : row_tiles(ceil_div(N, 16)), steps(ceil_div(K, 64)), steps_per_split(steps) {
+    int64_t least = 0;
+    for (const GpuKernel& each : kernels) {
+      if (!each.tiled()) {
+        if (kernel == nullptr || 8 * kernel->column_tiles < M) kernel = &each;
+        continue;
+      }
+      if (!kernel->tiled() && 8 * kernel->column_tiles >= M) break;
+      const int64_t rows = 8 * each.column_tiles * each.warps_m, columns = 16 * each.row_tiles * each.warps_n;
+      const int64_t along_m = ceil_div(M, rows), along_n = ceil_div(N, columns);
+      const int64_t read = ceil_div(along_m * along_n, multiprocessors) * (128 * rows + weight_bytes * columns);
+      if (kernel->tiled() && read >= least) continue;
+      kernel = &each;
+      least = read;
+      grid[0] = along_m, grid[1] = 1, grid[2] = along_n;
+    }
+    if (kernel->tiled()) return;
+    grid[0] = ceil_div(row_tiles * kernel->warps_k, kernel->row_tiles * kernel->warps);
+    grid[2] = ceil_div(M, 8 * kernel->column_tiles);
+    const int64_t wanted = kernel->blocks * multiprocessors / (grid[0] * grid[2]);
+    steps_per_split = ceil_div(steps, std::max<int64_t>(1, std::min(wanted, steps / (kernel->depth * kernel->warps_k))));
+    grid[1] = ceil_div(steps, steps_per_split);
   }
 
-  size_t partial_bytes() const { return splits == 1 ? 0 : along_m * splits * row_tiles * variant->column_tiles * 512; }
-  size_t counter_bytes() const { return splits == 1 ? 0 : 4 * along_n * along_m; }
+  int64_t splits() const { return grid[1]; }
+  size_t partial_bytes() const {
+    return splits() == 1 ? 0 : grid[2] * splits() * row_tiles * kernel->column_tiles * 512;
+  }
+  size_t counter_bytes() const { return splits() == 1 ? 0 : 4 * grid[0] * grid[2]; }
 
   // No plan with splits needs more, whatever M, N and K: its blocks are then at most `blocks` for each multiprocessor.
-  static size_t most_partial_bytes(const std::vector<SmallMVariant>& variants, int multiprocessors) {
+  static size_t most_partial_bytes(const std::vector<GpuKernel>& kernels, int multiprocessors) {
     size_t most = 0;
-    for (const SmallMVariant& v : variants)
-      most = std::max<size_t>(most, v.blocks * multiprocessors * v.row_tiles * v.warps / v.warps_k * v.column_tiles * 512);
+    for (const GpuKernel& k : kernels)
+      if (!k.tiled())
+        most = std::max<size_t>(most, k.blocks * multiprocessors * k.row_tiles * k.warps / k.warps_k * k.column_tiles * 512);
     return most;
   }
-  static size_t most_counter_bytes(const std::vector<SmallMVariant>& variants, int multiprocessors) {
+  static size_t most_counter_bytes(const std::vector<GpuKernel>& kernels, int multiprocessors) {
     size_t most = 0;
-    for (const SmallMVariant& v : variants) most = std::max<size_t>(most, 4 * v.blocks * multiprocessors);
+    for (const GpuKernel& k : kernels)
+      if (!k.tiled()) most = std::max<size_t>(most, 4 * k.blocks * multiprocessors);
     return most;
   }
 };
@@ -102,9 +134,9 @@ class GpuKernels {
     char* counters;
     char* partial;
   };
-  Workspace workspace(const SmallMPlan& plan, void* stream) {
-    const size_t most_counters = SmallMPlan::most_counter_bytes(variants, multiprocessors);
-    const size_t most_partial = SmallMPlan::most_partial_bytes(variants, multiprocessors);
+  Workspace workspace(const GpuPlan& plan, void* stream) {
+    const size_t most_counters = GpuPlan::most_counter_bytes(linear, multiprocessors);
+    const size_t most_partial = GpuPlan::most_partial_bytes(linear, multiprocessors);
     require(plan.counter_bytes() <= most_counters && plan.partial_bytes() <= most_partial, "the plan needs too much memory");
     const std::lock_guard<std::mutex> lock(mutex_);
     Workspace& workspace = workspaces_[stream];
@@ -115,20 +147,20 @@ class GpuKernels {
     }
     return workspace;
   }
-  void launch(const SmallMPlan& plan, void* stream, const void* argument) {
-    const unsigned grid[] = {static_cast<unsigned>(plan.along_n), static_cast<unsigned>(plan.splits),
-                             static_cast<unsigned>(plan.along_m)};
-    driver_.launch(functions_.at(plan.variant->name), grid, static_cast<unsigned>(32 * plan.variant->warps), stream, argument);
+  void launch(const GpuPlan& plan, void* stream, const void* argument) {
+    const unsigned grid[] = {static_cast<unsigned>(plan.grid[0]), static_cast<unsigned>(plan.grid[1]),
+                             static_cast<unsigned>(plan.grid[2])};
+    driver_.launch(functions_.at(plan.kernel->name), grid, static_cast<unsigned>(32 * plan.kernel->warps), stream, argument);
   }
 
-  const std::vector<SmallMVariant> variants;
+  const std::vector<GpuKernel> linear;
   const int multiprocessors;
 
  private:
   explicit GpuKernels(const std::string& code)
-      : variants(SmallMVariant::in(code.c_str())), multiprocessors(CudaDriver::get().multiprocessors()), driver_(CudaDriver::get()) {
+      : linear(GpuKernel::in(code.c_str())), multiprocessors(CudaDriver::get().multiprocessors()), driver_(CudaDriver::get()) {
     void* module = driver_.load_module(code.c_str());
-    for (const SmallMVariant& variant : variants) functions_[variant.name] = driver_.function(module, variant.name);
+    for (const GpuKernel& kernel : linear) functions_[kernel.name] = driver_.function(module, kernel.name);
   }
 
   const CudaDriver& driver_;
@@ -139,7 +171,7 @@ class GpuKernels {
 
 // y[..., N] = x[..., K] W^T + bias, float16. `weight` is bytes in the order of the fragments (layout.py): kept values of
 // `bits` bits each, metadata, and for 8 and 4 bits scales (weight_only.py), one for each group_size columns or, if that is
-// 0, each row. `code` is PTX, shared by all nodes of a model. The weight is read once for each 64 rows of x.
+// 0, each row. `code` is PTX, shared by all nodes of a model.
 struct Sparse24MatMulGpu {
   static constexpr const char* provider = CAST24_GPU_PROVIDER;
   static constexpr OrtElementType output = kFloat16;
@@ -185,14 +217,14 @@ struct Sparse24MatMulGpu {
 
     GpuKernels* loaded = kernels;
     if (loaded == nullptr) kernels = loaded = &GpuKernels::of(code);
-    const SmallMPlan plan(loaded->variants, M, N, K, loaded->multiprocessors);
+    const GpuPlan plan(loaded->linear, M, N, K, 4 * bits + 8, loaded->multiprocessors);
     void* stream = context.stream();
     char* first = static_cast<char*>(weight.data);
     Arguments arguments{first, first + values, x.data};
     if (bits != 16) arguments.w_scale = first + values + metadata;
     arguments.bias = bias.data;
     arguments.y = y;
-    if (plan.splits > 1) {
+    if (plan.splits() > 1) {
       const GpuKernels::Workspace workspace = loaded->workspace(plan, stream);
       arguments.partial = workspace.partial;
       arguments.counters = workspace.counters;

@@ -48,6 +48,39 @@ __device__ __forceinline__ uint2 load(const uint2* p) { return *p; }
 __device__ __forceinline__ unsigned load(const unsigned* p) { return *p; }
 __device__ __forceinline__ float load(const float* p) { return __ldg(p); }
 
+// 16 bytes from memory to shared memory, or zeros, by the time that `wait_for_copies` says so; both are aligned.
+__device__ __forceinline__ unsigned shared_address(const void* p) {
+  return static_cast<unsigned>(__cvta_generic_to_shared(p));
+}
+__device__ __forceinline__ void copy_async(uint4* to, const unsigned char* from, bool there) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(there ? 16 : 0)
+               : "memory");
+}
+// The thread's copies since the last call are a group; the other waits until all groups but the last kLeft have arrived.
+__device__ __forceinline__ void end_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kLeft>
+__device__ __forceinline__ void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
+}
+
+// Four matrices of 8 rows of 16 bytes in shared memory; lane 8 i + j says where row j of matrix i is. Word i of lane
+// 4 g + t becomes bytes 4 t to 4 t + 3 of row g of matrix i.
+__device__ __forceinline__ uint4 load_matrices(const uint4* row) {
+  uint4 v;
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(shared_address(row))
+               : "memory");
+  return v;
+}
+
+// A matrix of 8 by 8 values of 16 bits, of which lane 4 g + t has those of row g, columns 2 t and 2 t + 1, transposed.
+__device__ __forceinline__ unsigned transposed(unsigned pair) {
+  unsigned v;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(v) : "r"(pair));
+  return v;
+}
+
 // d += A B: A is 16 rows by 64 bytes of kept values and zeros, B the same 64 bytes by 8 columns, as PTX ISA 9.7.14.6
 // ("mma.sp") lays them out over the lanes. `e` says where the kept values stand; lanes 2 Selector and 2 Selector + 1 of
 // every four give it for 16-bit types, all four for 8-bit ones.

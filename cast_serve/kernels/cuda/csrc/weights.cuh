@@ -38,17 +38,19 @@ struct Traits<W4> : Traits<W8> {
   static constexpr int kWords = 2;
 };
 
-// Words of the lane in step `step` of all tiles' steps.
-template <int kWords>
+// Words of the lane in step `step` of all tiles' steps. kOnce: nobody else of the multiprocessor reads them.
+template <bool kOnce = true, int kWords>
 __device__ __forceinline__ void load_step(unsigned (&words)[kWords], const uint4* values, long long step, int lane) {
   if constexpr (kWords == 2) {
-    const uint2 v = load_once(reinterpret_cast<const uint2*>(values) + step * 32 + lane);
+    const uint2* at = reinterpret_cast<const uint2*>(values) + step * 32 + lane;
+    const uint2 v = kOnce ? load_once(at) : load(at);
     words[0] = v.x;
     words[1] = v.y;
   } else {
 #pragma unroll
     for (int h = 0; h < kWords / 4; ++h) {
-      const uint4 v = load_once(values + (step * (kWords / 4) + h) * 32 + lane);
+      const uint4* at = values + (step * (kWords / 4) + h) * 32 + lane;
+      const uint4 v = kOnce ? load_once(at) : load(at);
       words[4 * h] = v.x;
       words[4 * h + 1] = v.y;
       words[4 * h + 2] = v.z;

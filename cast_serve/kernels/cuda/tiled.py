@@ -1,0 +1,94 @@
+"""The kernel for many rows of x: its tiles, and how one call is cut into blocks."""
+
+from dataclasses import dataclass
+from functools import cache
+
+from cast_serve.kernels.cuda.layout import ROWS, STEP
+from cast_serve.kernels.cuda.plan import Plan, Types
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Template arguments of `tiled_linear`, see csrc/tiled.cuh.
+
+    Attributes:
+        column_tiles: rows of x in a warp, by 8.
+        row_tiles: weight tiles of 16 rows in a warp.
+        warps_m, warps_n: of a block, along rows of x and along rows of the weight.
+        blocks: of a multiprocessor, for which registers are shared out.
+    """
+
+    column_tiles: int
+    row_tiles: int = 4
+    warps_m: int = 2
+    warps_n: int = 4
+    blocks: int = 1
+
+    @property
+    def name(self) -> str:
+        return "tiled_" + "_".join(map(str, self._arguments))
+
+    @property
+    def warps(self) -> int:
+        return self.warps_m * self.warps_n
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns of y that a block makes."""
+        return 8 * self.column_tiles * self.warps_m, ROWS * self.row_tiles * self.warps_n
+
+    @property
+    def _arguments(self) -> tuple[int, ...]:
+        return (self.column_tiles, self.row_tiles, self.warps_m, self.warps_n, self.blocks)
+
+    def macro(self, types: Types) -> str:
+        return f"CAST24_TILED({self.name}, {types.weight}, {types.output}, {', '.join(map(str, self._arguments))})"
+
+
+_WEIGHT_BYTES = {"Bf16": 72, "Fp16": 72, "W8": 40, "F8": 40, "W4": 24}
+"""Of a row of the weight in a step of 64 columns; a row of x has 128."""
+
+
+def tiles(types: Types) -> tuple[Tile, ...]:
+    """Tiles by size, the last as large as registers allow (scales of groups take some); none for products in 8 bits.
+
+    A large tile reads less from the second-level cache for each product, a small one leaves no multiprocessor idle
+    where y is small.
+    """
+    if types.in_8_bits:
+        return ()
+    large = Tile(8) if types.weight in ("Bf16", "Fp16") else Tile(4)
+    return (Tile(4, warps_n=2, blocks=2), Tile(4, warps_m=4, warps_n=2), large)
+
+
+def step_bytes(tile: Tile, types: Types) -> int:
+    """What a block reads in a step of 64 columns."""
+    rows, columns = tile.shape
+    return 128 * rows + _WEIGHT_BYTES[types.weight] * columns
+
+
+def rounds(tile: Tile, M: int, N: int, multiprocessors: int) -> int:
+    """Blocks that the busiest multiprocessor makes."""
+    rows, columns = tile.shape
+    return -(-(-(-M // rows) * -(-N // columns)) // multiprocessors)
+
+
+def best_tile(M: int, N: int, multiprocessors: int, types: Types) -> Tile:
+    """The tile with which the busiest multiprocessor reads least: that is what takes longest, see `crossover`."""
+    return min(tiles(types), key=lambda tile: rounds(tile, M, N, multiprocessors) * step_bytes(tile, types))
+
+
+def cut_into(tile: Tile, M: int, N: int, K: int) -> Plan:
+    """Cut y [M, N] = x [M, K] W^T into such tiles.
+
+    Blocks of the same columns of y, which read the same part of the weight, come one after the other.
+    """
+    rows, columns = tile.shape
+    steps = -(-K // STEP)
+    return Plan(tile, (-(-M // rows), 1, -(-N // columns)), -(-N // ROWS), steps, steps)
+
+
+@cache
+def plan(M: int, N: int, K: int, multiprocessors: int, types: Types) -> Plan:
+    """Cut y [M, N] = x [M, K] W^T into tiles of those for `types`."""
+    return cut_into(best_tile(M, N, multiprocessors, types), M, N, K)
