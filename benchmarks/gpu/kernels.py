@@ -183,9 +183,11 @@ def tiles(machine: Gpu, shapes: list[Shape], batches: list[int], deadline: float
         for M in batches:
             if time.monotonic() > deadline:
                 break
-            dense = machine.seconds(layer.candidates(M)["dense"].calls, repeats=5, budget=0.02)
+            dense = machine.seconds(layer.cublas(M), repeats=5, budget=0.02)
             seconds = {
-                tile.name: machine.seconds(layer.tiled(M, cut_into(tile, M, N, K), launch), repeats=5, budget=0.02)
+                tile.name: machine.seconds(
+                    layer.tiled(M, cut_into(tile, M, N, K, machine.multiprocessors), launch), repeats=5, budget=0.02
+                )
                 for tile in TILES
             }
             records.append({"M": M, "N": N, "K": K, "dense": dense, "tiles": seconds})

@@ -43,12 +43,12 @@ def test_the_measured_times_decide() -> None:
 def test_the_model_streams_for_few_rows_and_multiplies_for_many(device: str) -> None:
     table = Table({}, crossover.modelled_device(device))
     for layer in ((4096, 4096, "bfloat16"), (14336, 4096, "float16"), (4096, 4096, "int8")):
-        assert all(table.choose(M, layer, True).method == "small_m" for M in (1, 8, 16, 32))
+        assert all(table.choose(M, layer, True).method == "small_m" for M in (1, 8, 16))
         assert table.choose(8192, layer, True).method in ("tiled", "cusparselt")
         assert table.choose(8192, layer, False).method in ("tiled", "expanded")
         assert table.choose(1024, layer, False).method == "tiled"
     int4 = (4096, 4096, "int4 g64")
-    assert [table.choose(M, int4, False).method for M in (1, 32, 8192)] == ["small_m", "small_m", "tiled"]
+    assert [table.choose(M, int4, False).method for M in (1, 16, 8192)] == ["small_m", "small_m", "tiled"]
 
 
 def test_the_model_knows_where_the_full_speed_is_not_that_of_mma() -> None:
@@ -144,7 +144,8 @@ def test_the_quantized_operator(
     assert y.dtype == dtype
     (launched,) = gpu.launched
     assert launched.startswith({2: "small_m", 3: "small_m", 70: "expand", 130: "tiled"}[rows])
-    expected = x.double() @ dense.double().T + bias.double()
+    rounded = x.bfloat16() if dtype == torch.float32 else x
+    expected = rounded.double() @ dense.double().T + bias.double()
     torch.testing.assert_close(y.double(), expected, rtol=2e-2, atol=1e-1)
     with pytest.raises(RuntimeError, match="is not the packed form of a weight"):
         torch_ops.linear_quantized(x, packed, 60, bits, True, group_size or 0)

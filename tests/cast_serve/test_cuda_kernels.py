@@ -1,5 +1,6 @@
 """The CUDA kernels without a GPU: their layout, and their own source run under an emulation of mma.sp."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.kernels import TILES
-from cast_serve.kernels.cuda import nvrtc, weight_only
+from cast_serve.kernels.cuda import nvrtc, tiled, weight_only
 from cast_serve.kernels.cuda.layout import from_fragments, to_fragments
 from cast_serve.kernels.cuda.linear import (
     TYPES,
@@ -23,7 +24,7 @@ from cast_serve.kernels.cuda.linear import (
 from cast_serve.kernels.cuda.plan import Plan, Types
 from cast_serve.kernels.cuda.small_m import Variant, plan
 from cast_serve.kernels.cuda.source import source
-from cast_serve.kernels.cuda.tiled import best_tile, cut_into, tiles
+from cast_serve.kernels.cuda.tiled import cut_into, tiles
 from cast_serve.kernels.cuda.weight_only import weight_only_linear
 from conversion.errors import InputError
 from conversion.packed import unpack24
@@ -136,24 +137,27 @@ def test_other_strides_are_copied() -> None:
         assert copy.stride(1) == 1
 
 
-TILED_SHAPES = [(1, 16, 64), (65, 33, 72), (130, 270, 200), (64, 128, 520), (129, 513, 8)]
+TILED_SHAPES = [(1, 16, 64), (65, 33, 72), (130, 270, 200), (64, 128, 1160), (129, 300, 520)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("batch", "rows", "columns"), TILED_SHAPES)
 @pytest.mark.parametrize("tile", [0, 1, 2])
+@pytest.mark.parametrize("multiprocessors", [1, 132])
 def test_tiled_against_float64(
-    emulation: Emulation, batch: int, rows: int, columns: int, dtype: torch.dtype, tile: int
+    emulation: Emulation, batch: int, rows: int, columns: int, dtype: torch.dtype, tile: int, multiprocessors: int
 ) -> None:
     layer = random_layer(rows, columns, dtype)
     wide = torch.randn(batch, columns + 24).to(dtype)
     x, bias = wide[:, 8 : columns + 8], torch.randn(rows).to(dtype)
     packed = to_fragments(layer.values, layer.bitmask)
-    cut = cut_into(tiles(TYPES[dtype, dtype])[tile], batch, rows, columns)
+    cut = cut_into(tiles(TYPES[dtype, dtype])[tile], batch, rows, columns, multiprocessors)
+    assert (cut.splits > 1) == (multiprocessors > 1 and columns > 500)
     launch = Launcher(emulation, [*packed, wide, bias], seed=batch)
     y = tiled_linear(x, *packed, rows, bias, cut=cut, launch=launch)
     assert relative_error(y, x, layer.dense, bias) < torch.finfo(dtype).eps
     assert all((reads > 0).all() for reads in launch.reads[:2]), "a byte of the weight was not read"
+    assert not ring(x.device).zeros.any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -165,7 +169,7 @@ def test_tiled_weight_only(
     values, bitmask, scale, dense = quantized_layer(301, 328, format, group_size)
     packed = weight_only.pack(values, bitmask, scale, group_size)
     x, bias = torch.randn(70, 328).to(dtype), torch.randn(301).to(dtype)
-    cut = cut_into(tiles(Types("W8", "Bf16"))[tile], 70, 301, 328)
+    cut = cut_into(tiles(Types("W8", "Bf16"))[tile], 70, 301, 328, 1)
     launch = Launcher(emulation, [packed, x])
     y = weight_only_linear(x, packed, 301, format.bits, group_size, bias, method="tiled", cut=cut, launch=launch)
     assert relative_error(y, x, dense, bias) < torch.finfo(dtype).eps
@@ -174,8 +178,12 @@ def test_tiled_weight_only(
 def test_tiles_leave_no_multiprocessor_idle() -> None:
     types = TYPES[torch.bfloat16, torch.bfloat16]
     by_size = tiles(types)
-    assert [best_tile(M, 4096, 132, types) for M in (256, 512, 1024)] == list(by_size)
-    assert all(best_tile(M, 14336, 108, types) == by_size[-1] for M in (2048, 4096, 8192))
+    for M, N, K in [(70, 4096, 4096), (256, 4096, 14336), (512, 14336, 4096), (8192, 4096, 4096)]:
+        cut = tiled.plan(M, N, K, 132, types)
+        assert math.prod(cut.grid) > 0.7 * 132
+        assert cut.splits == 1 or math.prod(cut.grid) <= 132
+        assert cut.splits * cut.steps_per_split >= cut.steps > (cut.splits - 1) * cut.steps_per_split
+    assert all(tiled.plan(M, 14336, 4096, 108, types).kernel == by_size[-1] for M in (2048, 4096, 8192))
     assert tiles(Types("S8", "Bf16")) == ()
 
 
@@ -309,7 +317,9 @@ def test_other_tiles(tmp_path: Path) -> None:
     layer, x = random_layer(300, 200, torch.bfloat16), torch.randn(140, 200).bfloat16()
     packed = to_fragments(layer.values, layer.bitmask)
     for tile in TILES:
-        y = tiled_linear(x, *packed, 300, cut=cut_into(tile, 140, 300, 200), launch=Launcher(emulation, [*packed, x]))
+        y = tiled_linear(
+            x, *packed, 300, cut=cut_into(tile, 140, 300, 200, 1), launch=Launcher(emulation, [*packed, x])
+        )
         torch.testing.assert_close(y.double(), x.double() @ layer.dense.double().T, rtol=1e-2, atol=1e-2)
     nvrtc.compile_source(source(types, tuple(TILES)), "sm_90a")
 

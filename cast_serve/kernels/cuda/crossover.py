@@ -5,7 +5,6 @@ measured with.
 """
 
 import json
-import math
 import os
 from bisect import bisect_left
 from dataclasses import dataclass
@@ -15,8 +14,8 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from cast_serve.kernels.cuda import tiled
 from cast_serve.kernels.cuda.plan import Types
-from cast_serve.kernels.cuda.tiled import best_tile, rounds, step_bytes
 from conversion.atomic import write_text
 from conversion.quantization.formats import FORMATS
 
@@ -102,10 +101,9 @@ def modelled_seconds(method: Method, M: int, layer: Layer, device: Device) -> fl
         return max(memory, flops / (0.4 * device.flops)) + launch
     if method == "tiled":
         types = Types(_KERNEL_TYPES.get(name, "Bf16"), "Bf16")
-        tile = best_tile(M, N, device.multiprocessors, types)
-        blocks = rounds(tile, M, N, device.multiprocessors) * device.multiprocessors
-        products = 2.0 * blocks * K * math.prod(tile.shape) / (0.6 * device.mma_flops)
-        cached = blocks * K / 64 * step_bytes(tile, types) / device.cache_bandwidth
+        _, work = tiled.best(M, N, K, device.multiprocessors, types)
+        products = 2.0 * work.products * device.multiprocessors / (0.6 * device.mma_flops)
+        cached = work.bytes * device.multiprocessors / device.cache_bandwidth
         return max((packed_bytes + in_out) / device.bandwidth, products, cached) + launch
     if method == "cusparselt":  # 1.5 times cuBLAS where there is enough to do
         tiles = 2.0 * max(M, 128) * N * K * bits / 16
@@ -129,7 +127,7 @@ class Table:
         Args:
             with_cusparselt: whether its copy of the weight is there.
         """
-        key = (M, layer, with_cusparselt)
+        key = (max(M, 1), layer, with_cusparselt)
         if key not in self._choices:
             self._choices[key] = self._choose(*key)
         return self._choices[key]

@@ -109,6 +109,11 @@ class Layer:
     def inputs(self, M: int) -> list[Tensor]:
         return [torch.randn(M, self.K, device=self.machine.device).to(self.dtype) for _ in range(8)]
 
+    def cublas(self, M: int) -> list[Call]:
+        """Calls of torch's product, one for each copy of the dense weight."""
+        x = cycle(self.inputs(M))
+        return [partial(linear, next(x), dense) for dense in self.dense]
+
     def small_m(
         self, M: int, cut: Plan | None = None, launch: Launch | None = None, overlap: bool = False
     ) -> list[Call]:
@@ -134,7 +139,7 @@ class Layer:
         """By name: "dense" (cuBLAS on a dense weight) and those of `crossover.Method`."""
         x = cycle(self.inputs(M))
         found = {
-            "dense": Candidate([partial(linear, next(x), dense) for dense in self.dense], self.dense_bytes),
+            "dense": Candidate(self.cublas(M), self.dense_bytes),
             "small_m": Candidate(self.small_m(M), self.packed_bytes),
         }
         if M > 32:

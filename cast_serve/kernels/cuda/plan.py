@@ -45,6 +45,7 @@ class Plan:
 
     Attributes:
         grid: of blocks; the second axis is splits of K.
+        partial_bytes: of the sums of splits, 512 for each tile of 16 x 8; none without splits.
     """
 
     kernel: Kernel
@@ -52,17 +53,11 @@ class Plan:
     row_tiles: int
     steps: int
     steps_per_split: int
+    partial_bytes: int
 
     @property
     def splits(self) -> int:
         return self.grid[1]
-
-    @property
-    def partial_bytes(self) -> int:
-        """Of the partial sums: 16 for each lane and tile of 16 x 8; none without splits."""
-        if self.splits == 1:
-            return 0
-        return self.grid[2] * self.splits * self.row_tiles * self.kernel.column_tiles * 512
 
     @property
     def counters(self) -> int:

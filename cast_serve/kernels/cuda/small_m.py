@@ -67,4 +67,6 @@ def plan(
         splits = variant.blocks * multiprocessors // (along_n * along_m)
     splits = max(1, min(splits, steps // (variant.depth * variant.warps_k)))
     steps_per_split = -(-steps // splits)
-    return Plan(variant, (along_n, -(-steps // steps_per_split), along_m), row_tiles, steps, steps_per_split)
+    splits = -(-steps // steps_per_split)
+    partial = along_m * splits * row_tiles * variant.column_tiles * 512 if splits > 1 else 0
+    return Plan(variant, (along_n, splits, along_m), row_tiles, steps, steps_per_split, partial)

@@ -1,5 +1,6 @@
 """The kernel for many rows of x: its tiles, and how one call is cut into blocks."""
 
+import math
 from dataclasses import dataclass
 from functools import cache
 
@@ -61,34 +62,51 @@ def tiles(types: Types) -> tuple[Tile, ...]:
     return (Tile(4, warps_n=2, blocks=2), Tile(4, warps_m=4, warps_n=2), large)
 
 
-def step_bytes(tile: Tile, types: Types) -> int:
-    """What a block reads in a step of 64 columns."""
-    rows, columns = tile.shape
-    return 128 * rows + _WEIGHT_BYTES[types.weight] * columns
+_STAGES = 4
+"""Steps below which a split is not worth its start."""
 
 
-def rounds(tile: Tile, M: int, N: int, multiprocessors: int) -> int:
-    """Blocks that the busiest multiprocessor makes."""
-    rows, columns = tile.shape
-    return -(-(-(-M // rows) * -(-N // columns)) // multiprocessors)
-
-
-def best_tile(M: int, N: int, multiprocessors: int, types: Types) -> Tile:
-    """The tile with which the busiest multiprocessor reads least: that is what takes longest, see `crossover`."""
-    return min(tiles(types), key=lambda tile: rounds(tile, M, N, multiprocessors) * step_bytes(tile, types))
-
-
-def cut_into(tile: Tile, M: int, N: int, K: int) -> Plan:
-    """Cut y [M, N] = x [M, K] W^T into such tiles.
+def cut_into(tile: Tile, M: int, N: int, K: int, multiprocessors: int) -> Plan:
+    """Cut y [M, N] = x [M, K] W^T into such tiles, and K where there would be fewer of them than multiprocessors.
 
     Blocks of the same columns of y, which read the same part of the weight, come one after the other.
     """
     rows, columns = tile.shape
-    steps = -(-K // STEP)
-    return Plan(tile, (-(-M // rows), 1, -(-N // columns)), -(-N // ROWS), steps, steps)
+    along_m, along_n, steps = -(-M // rows), -(-N // columns), -(-K // STEP)
+    splits = max(1, min(multiprocessors // (along_m * along_n), steps // _STAGES))
+    steps_per_split = -(-steps // splits)
+    splits = -(-steps // steps_per_split)
+    partial = along_m * along_n * splits * 4 * rows * columns if splits > 1 else 0
+    return Plan(tile, (along_m, splits, along_n), -(-N // ROWS), steps, steps_per_split, partial)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What the busiest multiprocessor has to do: bytes from the second-level cache, and products, zeros counted."""
+
+    bytes: int
+    products: int
+
+
+def work(cut: Plan, tile: Tile, multiprocessors: int, types: Types) -> Work:
+    """Of a call cut into tiles."""
+    rows, columns = tile.shape
+    blocks = -(-math.prod(cut.grid) // multiprocessors)
+    of_step = 128 * rows + _WEIGHT_BYTES[types.weight] * columns
+    # sums of splits are written once, and read by the block that adds them up
+    sums = 4 * rows * columns * (1 + cut.splits) if cut.splits > 1 else 0
+    steps = blocks * cut.steps_per_split
+    return Work(steps * of_step + blocks * sums, steps * STEP * rows * columns)
 
 
 @cache
+def best(M: int, N: int, K: int, multiprocessors: int, types: Types) -> tuple[Plan, Work]:
+    """Of the tiles for `types` those with which the busiest multiprocessor reads least: see `crossover` for why."""
+    cuts = [(cut_into(tile, M, N, K, multiprocessors), tile) for tile in tiles(types)]
+    found = [(cut, work(cut, tile, multiprocessors, types)) for cut, tile in cuts]
+    return min(found, key=lambda each: each[1].bytes)
+
+
 def plan(M: int, N: int, K: int, multiprocessors: int, types: Types) -> Plan:
-    """Cut y [M, N] = x [M, K] W^T into tiles of those for `types`."""
-    return cut_into(best_tile(M, N, multiprocessors, types), M, N, K)
+    """Cut y [M, N] = x [M, K] W^T into tiles."""
+    return best(M, N, K, multiprocessors, types)[0]

@@ -248,15 +248,14 @@ inline unsigned transposed(unsigned pair) {
 inline void let_next_begin() {}
 inline void wait_for_previous() {}
 
-inline bool last_to_arrive(unsigned* counter, unsigned blocks) {
-  __shared__ bool last;
+inline bool last_to_arrive(unsigned* counter, unsigned blocks, unsigned* last) {
   __syncthreads();
   if (threadIdx.x == 0) {
-    last = *counter == blocks - 1;
-    *counter = last ? 0 : *counter + 1;
+    *last = *counter == blocks - 1;
+    *counter = *last ? 0 : *counter + 1;
   }
   __syncthreads();
-  return last;
+  return *last;
 }
 
 inline float to_float(Bf16, unsigned short bits) { return __uint_as_float(static_cast<unsigned>(bits) << 16); }

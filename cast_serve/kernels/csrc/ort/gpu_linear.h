@@ -31,6 +31,9 @@ struct GpuKernel {
   int64_t warps_k = 1, depth = 1;            // small_m
   int64_t warps_m = 0, warps_n = 0;          // tiled
   bool tiled() const { return warps_m > 0; }
+  int64_t rows() const { return 8 * column_tiles * warps_m; }  // of y, that a block makes
+  int64_t columns() const { return 16 * row_tiles * warps_n; }
+  int64_t tiles() const { return column_tiles * row_tiles * warps / warps_k; }  // of 16 x 8 sums, of a block
 
   // Those that PTX has: small_m for ever more rows of x, then tiled.
   static std::vector<GpuKernel> in(const char* code) {
@@ -69,49 +72,64 @@ struct GpuPlan {
 
   // weight_bytes: of a row in a step of 64 columns.
   GpuPlan(const std::vector<GpuKernel>& kernels, int64_t M, int64_t N, int64_t K, int64_t weight_bytes, int multiprocessors)
-      : row_tiles(ceil_div(N, 16)), steps(ceil_div(K, 64)), steps_per_split(steps) {
-    int64_t least = 0;
-    for (const GpuKernel& each : kernels) {
-      if (!each.tiled()) {
-        if (kernel == nullptr || 8 * kernel->column_tiles < M) kernel = &each;
-        continue;
+      : row_tiles(ceil_div(N, 16)), steps(ceil_div(K, 64)) {
+    for (const GpuKernel& each : kernels)
+      if (!each.tiled() && (kernel == nullptr || 8 * kernel->column_tiles < M)) kernel = &each;
+    if (8 * kernel->column_tiles < M) {
+      int64_t least = 0;
+      for (const GpuKernel& each : kernels) {
+        if (!each.tiled()) continue;
+        const GpuPlan plan(each, M, N, K, multiprocessors);
+        const int64_t bytes = plan.tiled_bytes(weight_bytes, multiprocessors);
+        if (least > 0 && bytes >= least) continue;
+        *this = plan;
+        least = bytes;
       }
-      if (!kernel->tiled() && 8 * kernel->column_tiles >= M) break;
-      const int64_t rows = 8 * each.column_tiles * each.warps_m, columns = 16 * each.row_tiles * each.warps_n;
-      const int64_t along_m = ceil_div(M, rows), along_n = ceil_div(N, columns);
-      const int64_t read = ceil_div(along_m * along_n, multiprocessors) * (128 * rows + weight_bytes * columns);
-      if (kernel->tiled() && read >= least) continue;
-      kernel = &each;
-      least = read;
-      grid[0] = along_m, grid[1] = 1, grid[2] = along_n;
     }
     if (kernel->tiled()) return;
     grid[0] = ceil_div(row_tiles * kernel->warps_k, kernel->row_tiles * kernel->warps);
     grid[2] = ceil_div(M, 8 * kernel->column_tiles);
     const int64_t wanted = kernel->blocks * multiprocessors / (grid[0] * grid[2]);
-    steps_per_split = ceil_div(steps, std::max<int64_t>(1, std::min(wanted, steps / (kernel->depth * kernel->warps_k))));
-    grid[1] = ceil_div(steps, steps_per_split);
+    split(std::min(wanted, steps / (kernel->depth * kernel->warps_k)));
   }
 
   int64_t splits() const { return grid[1]; }
   size_t partial_bytes() const {
-    return splits() == 1 ? 0 : grid[2] * splits() * row_tiles * kernel->column_tiles * 512;
+    if (splits() == 1) return 0;
+    const int64_t tiles = kernel->tiled() ? grid[0] * grid[2] * kernel->tiles() : grid[2] * row_tiles * kernel->column_tiles;
+    return 512 * tiles * splits();
   }
   size_t counter_bytes() const { return splits() == 1 ? 0 : 4 * grid[0] * grid[2]; }
 
   // No plan with splits needs more, whatever M, N and K: its blocks are then at most `blocks` for each multiprocessor.
   static size_t most_partial_bytes(const std::vector<GpuKernel>& kernels, int multiprocessors) {
     size_t most = 0;
-    for (const GpuKernel& k : kernels)
-      if (!k.tiled())
-        most = std::max<size_t>(most, k.blocks * multiprocessors * k.row_tiles * k.warps / k.warps_k * k.column_tiles * 512);
+    for (const GpuKernel& k : kernels) most = std::max<size_t>(most, k.blocks * multiprocessors * k.tiles() * 512);
     return most;
   }
   static size_t most_counter_bytes(const std::vector<GpuKernel>& kernels, int multiprocessors) {
     size_t most = 0;
-    for (const GpuKernel& k : kernels)
-      if (!k.tiled()) most = std::max<size_t>(most, 4 * k.blocks * multiprocessors);
+    for (const GpuKernel& k : kernels) most = std::max<size_t>(most, 4 * k.blocks * multiprocessors);
     return most;
+  }
+
+ private:
+  // Into tiles.
+  GpuPlan(const GpuKernel& tile, int64_t M, int64_t N, int64_t K, int multiprocessors)
+      : kernel(&tile), row_tiles(ceil_div(N, 16)), steps(ceil_div(K, 64)) {
+    grid[0] = ceil_div(M, tile.rows());
+    grid[2] = ceil_div(N, tile.columns());
+    split(std::min(multiprocessors / (grid[0] * grid[2]), steps / 4));
+  }
+  void split(int64_t wanted) {
+    steps_per_split = ceil_div(steps, std::max<int64_t>(1, wanted));
+    grid[1] = ceil_div(steps, steps_per_split);
+  }
+  // Work.bytes of tiled.py.
+  int64_t tiled_bytes(int64_t weight_bytes, int multiprocessors) const {
+    const int64_t sums = splits() > 1 ? 4 * kernel->rows() * kernel->columns() * (1 + splits()) : 0;
+    const int64_t of_step = 128 * kernel->rows() + weight_bytes * kernel->columns();
+    return ceil_div(grid[0] * grid[1] * grid[2], multiprocessors) * (steps_per_split * of_step + sums);
   }
 };
 

@@ -22,8 +22,9 @@ struct LinearArguments {
   const float* w_scale;     // [N] for those; W8, F8 and W4: [row_tiles, groups, 16]
   const unsigned short* bias;  // [N] in y's type, or null
   unsigned short* y;        // [M, N]
-  uint4* partial;           // [ceil(M / 8 kColumnTiles), splits, row_tiles, kColumnTiles, 32] of four sums; for splits > 1
-  unsigned* counters;       // [ceil(M / 8 kColumnTiles), blocks along N], all 0; for splits > 1
+  uint4* partial;           // for splits > 1: small_m [ceil(M / 8 kColumnTiles), splits, row_tiles, kColumnTiles, 32] of
+                            // four sums, tiled [blocks along N, blocks along M, splits, warps, kRowTiles kColumnTiles, 32]
+  unsigned* counters;       // for splits > 1: one for each block of a split, all 0
   long long x_stride;
   int M, N, K, row_tiles, steps, steps_per_split;
   int groups, group_steps;  // W8, F8 and W4: scales of a row, steps that share one
@@ -232,7 +233,8 @@ __device__ __forceinline__ void small_m_linear(const LinearArguments& arg) {
 #pragma unroll
       for (int c = 0; c < kColumnTiles; ++c)
         if (mine(r, c) && row + 8 * c < arg.M) *partial(blockIdx.y, r, c) = bits_of(sum[r][c]);
-    if (!last_to_arrive(arg.counters + blockIdx.z * gridDim.x + blockIdx.x, splits)) return;
+    unsigned* shared = reinterpret_cast<unsigned*>(stage.tiles);
+    if (!last_to_arrive(arg.counters + blockIdx.z * gridDim.x + blockIdx.x, splits, shared)) return;
 #pragma unroll
     for (int r = 0; r < kRowTiles; ++r)
 #pragma unroll

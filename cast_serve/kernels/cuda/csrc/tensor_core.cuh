@@ -187,15 +187,14 @@ __device__ __forceinline__ void wait_for_previous() {
 }
 
 // True in all threads of the block that is the last of `blocks` to call this on `counter`; what the others wrote before
-// is then visible to it. The counter is 0 before and after.
-__device__ __forceinline__ bool last_to_arrive(unsigned* counter, unsigned blocks) {
-  __shared__ bool last;
+// is then visible to it. The counter is 0 before and after. `last` is in shared memory that the block is done with.
+__device__ __forceinline__ bool last_to_arrive(unsigned* counter, unsigned blocks, unsigned* last) {
   __threadfence();
   __syncthreads();
-  if (threadIdx.x == 0) last = atomicInc(counter, blocks - 1) == blocks - 1;
+  if (threadIdx.x == 0) *last = atomicInc(counter, blocks - 1) == blocks - 1;
   __syncthreads();
   __threadfence();
-  return last;
+  return *last;
 }
 
 }  // namespace cast24

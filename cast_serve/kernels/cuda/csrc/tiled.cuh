@@ -1,8 +1,8 @@
 // y = x W^T + bias for many rows of x: a tiled product on the packed 2:4 weight, in the layout of small_m.cuh, so that one
 // copy of it serves all M. W is operand A of mma.sp here, too.
 //
-// A block makes kWarpsM x 8 kColumnTiles rows and kWarpsN x 16 kRowTiles columns of y, and walks all of K in steps of 64
-// columns. x comes by cp.async into buffers that are kStages - 1 steps ahead. The weight, which other blocks read at about
+// A block makes kWarpsM x 8 kColumnTiles rows and kWarpsN x 16 kRowTiles columns of y, and walks its split of K in steps of
+// 64 columns. x comes by cp.async into buffers that are kStages - 1 steps ahead. The weight, which other blocks read at about
 // the same time and find in the second-level cache, goes straight into registers, one step ahead.
 #pragma once
 
@@ -31,7 +31,7 @@ struct WeightStep {
   }
 };
 
-// Grid: (ceil(M / rows), 1, ceil(row_tiles / (kWarpsN kRowTiles))), blocks of 32 kWarpsM kWarpsN threads.
+// Grid: (ceil(M / rows), splits, ceil(row_tiles / (kWarpsN kRowTiles))), blocks of 32 kWarpsM kWarpsN threads.
 template <class T, class Out, int kColumnTiles, int kRowTiles, int kWarpsM, int kWarpsN>
 __device__ __forceinline__ void tiled_linear(const LinearArguments& arg) {
   using Product = typename ProductOf<T, Out>::Type;
@@ -44,10 +44,11 @@ __device__ __forceinline__ void tiled_linear(const LinearArguments& arg) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
   const int first_row = blockIdx.x * kRows, column = warp % kWarpsM * kColumnTiles;
   const int first_tile = (blockIdx.z * kWarpsN + warp / kWarpsM) * kRowTiles;
+  const int begin = blockIdx.y * arg.steps_per_split, end = min(begin + arg.steps_per_split, arg.steps);
 
   // Rows that x lacks are left as they are: a column of operand B is nobody's but its own.
   auto stage = [&](int slot, int step) {
-    if (step < arg.steps) {
+    if (step < end) {
 #pragma unroll
       for (int i = 0; i < kRows * 8 / kThreads; ++i) {
         const int at = i * kThreads + threadIdx.x, row = at / 8, chunk = at % 8, k = step * 64 + 8 * chunk;
@@ -59,19 +60,19 @@ __device__ __forceinline__ void tiled_linear(const LinearArguments& arg) {
   };
 
   WeightStep<T, kRowTiles> next;
-  next.fetch(arg, first_tile, 0, lane);
+  next.fetch(arg, first_tile, begin, lane);
   let_next_begin();
   wait_for_previous();
 #pragma unroll
-  for (int step = 0; step < kStages - 1; ++step) stage(step, step);
+  for (int slot = 0; slot < kStages - 1; ++slot) stage(slot, begin + slot);
 
   float sum[kRowTiles][kColumnTiles][4] = {};
-  for (int step = 0, slot = 0; step < arg.steps; ++step) {
+  for (int step = begin, slot = 0; step < end; ++step) {
     wait_for_copies<kStages - 2>();
     __syncthreads();  // all threads' copies of this step are there, and the step before is done with
     stage(slot == 0 ? kStages - 1 : slot - 1, step + kStages - 1);
     const WeightStep<T, kRowTiles> now = next;
-    if (step + 1 < arg.steps) next.fetch(arg, first_tile, step + 1, lane);
+    if (step + 1 < end) next.fetch(arg, first_tile, step + 1, lane);
     uint4 a[kRowTiles][2];
 #pragma unroll
     for (int r = 0; r < kRowTiles; ++r)
@@ -98,6 +99,28 @@ __device__ __forceinline__ void tiled_linear(const LinearArguments& arg) {
       }
     }
     slot = slot == kStages - 1 ? 0 : slot + 1;
+  }
+
+  const int splits = gridDim.y;
+  if (splits > 1) {
+    const long long block = static_cast<long long>(blockIdx.z) * gridDim.x + blockIdx.x;
+    auto partial = [&](int split, int r, int c) {
+      return arg.partial +
+             (((block * splits + split) * (kThreads / 32) + warp) * (kRowTiles * kColumnTiles) + r * kColumnTiles + c) * 32 +
+             lane;
+    };
+#pragma unroll
+    for (int r = 0; r < kRowTiles; ++r)
+#pragma unroll
+      for (int c = 0; c < kColumnTiles; ++c) *partial(blockIdx.y, r, c) = bits_of(sum[r][c]);
+    if (!last_to_arrive(arg.counters + block, splits, reinterpret_cast<unsigned*>(x))) return;
+#pragma unroll
+    for (int r = 0; r < kRowTiles; ++r)
+#pragma unroll
+      for (int c = 0; c < kColumnTiles; ++c) {
+        for (int i = 0; i < 4; ++i) sum[r][c][i] = 0;
+        for (int split = 0; split < splits; ++split) add_bits(sum[r][c], load_shared_by_blocks(partial(split, r, c)));
+      }
   }
 
   // Lane 4 g + t has rows g and g + 8 of the weight tile and two rows of x. Transposed it has two neighbours of y's row.
