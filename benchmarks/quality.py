@@ -226,7 +226,8 @@ def _swept(entry: str) -> tuple[str, list[Any]]:
     key, equals, values = entry.partition("=")
     if not equals or not key or not values:
         raise InputError(f"--over {entry}: give KEY=VALUE,VALUE, for example lr=1e-4,2e-4")
-    return key, [_value(value) for value in values.split(",")]
+    together = _value(f"[{values}]")  # a value may be a list itself, with commas of its own
+    return key, together if isinstance(together, list) else [_value(value) for value in values.split(",")]
 
 
 def _value(text: str) -> Any:

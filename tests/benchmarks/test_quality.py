@@ -116,6 +116,12 @@ def test_sweep_writes_every_point(files: dict[str, Path]) -> None:
     assert written(files, ".png").stat().st_size > 0
 
 
+def test_values_to_sweep_over() -> None:
+    assert quality._swept("betas=[0.9,0.95],[0.9,0.98]") == ("betas", [[0.9, 0.95], [0.9, 0.98]])
+    assert quality._swept("warm_start=none,wanda") == ("warm_start", ["none", "wanda"])
+    assert quality._swept("compile=true,false") == ("compile", [True, False])
+
+
 def test_a_cell_is_known_by_what_touches_its_result(files: dict[str, Path]) -> None:
     def directories(**changes: Any) -> set[str]:
         study = Study(files["model"], (str(files["train"]),), (files["heldout"],), files["work"], changes=changes)
