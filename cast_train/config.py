@@ -36,8 +36,9 @@ class TrainConfig(BaseModel):
     max_grad_norm: float = Field(1.0, gt=0)
     train_embeddings: bool = True
     """False freezes embedding and lm_head, which saves their gradient and optimizer step."""
-    scale_lr: float = Field(1.0, gt=0)
-    """Multiplies the learning rate of weight scales, norms and biases, which hardly move in a short run."""
+    dense_lr: float = Field(1.0, gt=0)
+    """Multiplies the learning rate of what stays dense: embeddings, norms, biases, weight scales. They follow plain
+    Adam, whose steps are about a quarter as long as those of AdamS at the same rate."""
 
     # Distillation
     eta: float = Field(1 / 3, ge=0, le=1)

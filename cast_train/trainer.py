@@ -254,20 +254,16 @@ def compile_blocks(model: PreTrainedModel) -> None:
 
 
 def parameter_groups(model: PreTrainedModel, config: TrainConfig) -> list[dict[str, Any]]:
-    """Split the trainable parameters into groups: in scope (rows as groups), in scope transposed, embeddings, the rest.
+    """Split the trainable parameters into groups: in scope (rows as groups), in scope transposed, and the rest.
 
-    The rest are weight scales, norms and biases, which train at scale_lr times the learning rate.
+    The rest are embeddings, weight scales, norms and biases, which train at dense_lr times the learning rate.
     """
     transposed = {id(module.weight): is_transposed(module) for _, module in scope(model)}
-    heads = [module for module in (model.get_input_embeddings(), model.get_output_embeddings()) if module is not None]
-    embeddings = {id(p) for module in heads for p in module.parameters()}
     trainable = [p for p in model.parameters() if p.requires_grad]
-    others = [p for p in trainable if id(p) not in transposed]
     groups: list[dict[str, Any]] = [
         {"params": [p for p in trainable if transposed.get(id(p)) is False], "sparse": True},
         {"params": [p for p in trainable if transposed.get(id(p)) is True], "sparse": True, "transposed": True},
-        {"params": [p for p in others if id(p) in embeddings]},
-        {"params": [p for p in others if id(p) not in embeddings], "lr": config.lr * config.scale_lr},
+        {"params": [p for p in trainable if id(p) not in transposed], "lr": config.lr * config.dense_lr},
     ]
     return [{**group, "mask_interval": config.mask_interval} for group in groups if group["params"]]
 
