@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from benchmarks.load.machine import this_machine
-from cast_train.evaluation.evaluate import versions
+from cast_train.evaluation.evaluate import versions, window_length
 from cast_train.evaluation.perplexity import score_windows
 from cast_train.evaluation.windows import heldout_windows
 from cast_train.run import source_hash
@@ -166,13 +166,16 @@ def plot(found: list[Result], path: Path) -> None:
         points = sorted((r for r in own if r.rounding == "calibrated"), key=lambda r: r.bits)
         axis.plot([r.bits for r in points], [r.perplexity for r in points], "o", color=color, label=model)
         for result in points:
-            label = result.name.removeprefix(f"{model} ")
-            axis.annotate(label, (result.bits, result.perplexity), (4, 4), textcoords="offset points", fontsize=8)
+            label = result.name.removeprefix(f"{model} ").replace(FP8.name, "fp8")
+            height = -10 if result.values == INT8.name else 4  # fp8 is just above
+            axis.annotate(label, (result.bits, result.perplexity), (4, height), textcoords="offset points", fontsize=8)
         plain = next(result for result in own if result.rounding == "none")
         axis.axhline(plain.perplexity, color=color, linestyle=":", linewidth=1, label=f"{model} {plain.values}")
     axis.set_xlabel("bits per weight of the linears, bitmask and scales included")
     axis.set_ylabel("perplexity")
     axis.set_yscale("log")
+    axis.yaxis.set_major_formatter("{x:.4g}")
+    axis.yaxis.set_minor_formatter("{x:.4g}")
     axis.grid(alpha=0.25, which="both")
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False)
@@ -186,7 +189,7 @@ def main(
     calibration: Annotated[Path, typer.Option(help="Text to calibrate on, other than the held-out one.")],
     tokens: Annotated[int, typer.Option(help="Most held-out tokens to score.")] = 50_176,
     calibration_tokens: Annotated[int, typer.Option(help="Most tokens to calibrate on.")] = 32_768,
-    context: Annotated[int, typer.Option(help="Tokens per window.")] = 1024,
+    context: Annotated[int | None, typer.Option(help="Tokens per window, as for `cast eval`.")] = None,
     work: Annotated[Path, typer.Option(help="Directory of what is measured, to go on with.")] = Path("quantized"),
     name: Annotated[str, typer.Option(help="What results are called, after the date.")] = "quantized",
     out: Annotated[Path, typer.Option(help="Directory of the results.")] = RESULTS,
@@ -200,6 +203,7 @@ def main(
     if (violation := checkpoints[1].first_violation()) is not None:
         raise InputError(f"{sparse} is not 2:4: {violation}")
     tokenizer = AutoTokenizer.from_pretrained(dense)
+    context = window_length([dense, sparse], context)
     windows = heldout_windows(list(read_documents([heldout])), tokenizer, context, tokens)
     length = min(512, context_length(checkpoints[0]))
     sequences = calibration_sequences([calibration], tokenizer, length, calibration_tokens)

@@ -60,7 +60,7 @@ def evaluate(
         raise InputError("agreement with a teacher is measured on text: give --data")
     texts = None if data is None else list(read_documents([data]))
     if texts is not None:
-        context = _context([*models, *([] if teacher is None else [teacher])], context)
+        context = window_length([*models, *([] if teacher is None else [teacher])], context)
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     teacher_model = None if teacher is None else _load(teacher, device)
     results: dict[str, Any] = {}
@@ -137,7 +137,8 @@ def _load(directory: Path, device: torch.device) -> tuple[PreTrainedModel, PreTr
     return model.to(device), load_tokenizer(directory)
 
 
-def _context(models: Sequence[Path], context: int | None) -> int:
+def window_length(models: Sequence[Path], context: int | None) -> int:
+    """Tokens per window: `context`, or 1024, or the shortest context of the models; InputError if that is exceeded."""
     shortest = min((context_length(open_checkpoint(directory)), directory) for directory in models)
     if context is None:
         return min(DEFAULT_CONTEXT, shortest[0])

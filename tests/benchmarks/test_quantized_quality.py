@@ -67,3 +67,11 @@ def test_a_dense_model_in_place_of_the_sparse_one_is_refused(tmp_path: Path) -> 
     save_model(tmp_path / "dense")
     with pytest.raises(InputError, match="is not 2:4: tensor"):
         quantized_quality.main(tmp_path / "dense", tmp_path / "dense", tmp_path / "t", tmp_path / "t")
+
+
+def test_windows_longer_than_the_context_are_refused(tmp_path: Path) -> None:
+    save_model(tmp_path / "dense")
+    make_model(CONFIGS["llama"], sparse=True).save_pretrained(tmp_path / "sparse")
+    text = tmp_path / "text.txt"
+    with pytest.raises(InputError, match="has a context of 64 tokens"):
+        quantized_quality.main(tmp_path / "dense", tmp_path / "sparse", text, text, context=65)
