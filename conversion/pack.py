@@ -125,11 +125,14 @@ def _values(
         raise InputError("kept values are either quantized or of another floating dtype: name one of the two")
     if not calibration:
         return _Values(quantization.values.dtype, quantization)
+    from conversion.dense_model import dense_model
     from conversion.quantization.calibrated import calibrated_codes
 
     if (violation := source.first_violation()) is not None:
         raise _not_sparse(source, violation)
-    return _Values(quantization.values.dtype, quantization, calibrated_codes(source, quantization, calibration))
+    model = dense_model(source, torch.float32)
+    codes = calibrated_codes(model, source, quantization, calibration, sparse=True)
+    return _Values(quantization.values.dtype, quantization, codes)
 
 
 def _check_embedding(source: Checkpoint, quantization: Quantization) -> None:

@@ -23,7 +23,7 @@ def main(
     sparse: Annotated[Path | None, typer.Option(help="Its 2:4 version, a plain Hugging Face directory.")] = None,
     heldout: Annotated[Path | None, typer.Option(help="Held-out text: perplexity, and the prompts.")] = None,
     calibration: Annotated[
-        list[Path] | None, typer.Option(help="Text to quantize the 2:4 model on; may be repeated.")
+        list[Path] | None, typer.Option(help="Text to quantize both models on; may be repeated.")
     ] = None,
     random: Annotated[
         bool, typer.Option("--random", help="Instead of models: random weights in the shape of TinyLlama 1.1B.")
@@ -100,8 +100,8 @@ def main(
             if windows
             else "Weights are random. "
         )
-        + ("" if random else "2:4 weights are quantized on calibration text, " if calibration else "")
-        + ("" if random else "dense ones to nearest. " if calibration else "All weights are rounded to nearest. ")
+        + ("Linears of our kernels are quantized on calibration text, all else" if calibration else "All weights are")
+        + " rounded to nearest. "
         + f"Others kept at most {others:.2f} cores busy during a turn.",
     ]
     record = {

@@ -9,7 +9,6 @@ from benchmarks.cpu import gguf_models, models
 from benchmarks.cpu.job import Runtime
 from benchmarks.cpu.models import Make, Sources
 from conversion.errors import InputError
-from conversion.onnx.dense_nbits import DenseQuantization
 from conversion.quantization.formats import INT4, INT8, Quantization
 
 Family = Literal["dense", "2:4", "llama.cpp"]
@@ -48,13 +47,11 @@ ROW_INT8 = Quantization(INT8, None)
 
 def _stock(values: str, group: int, embedding: Quantization | None, name: str) -> Candidate:
     weights = Quantization(INT8 if values == "int8" else INT4, group)
-    return Candidate(
-        name, "dense", values, models.dense_quantized(DenseQuantization(weights, "MatMulNBits"), embedding)
-    )
+    return Candidate(name, "dense", values, models.dense_stock(weights, embedding))
 
 
 def _dense(weights: Quantization, embedding: Quantization, name: str) -> Candidate:
-    return Candidate(name, "dense", weights.values.name, models.dense_quantized(DenseQuantization(weights), embedding))
+    return Candidate(name, "dense", weights.values.name, models.dense_quantized(weights, embedding))
 
 
 def _sparse(weights: Quantization, embedding: Quantization, name: str) -> Candidate:

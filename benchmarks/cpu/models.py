@@ -28,7 +28,7 @@ class Sources:
     Attributes:
         dense: Hugging Face directory.
         sparse: its 2:4 version, dense-stored.
-        calibration: text on which the 2:4 one is quantized; none rounds to nearest.
+        calibration: text on which the linears of both are quantized for our kernels; none rounds to nearest.
         work: directory of made models.
     """
 
@@ -66,8 +66,20 @@ def dense_float32(sources: Sources, out: Path) -> None:
     export(sources.dense, out)
 
 
-def dense_quantized(quantization: DenseQuantization, embedding: Quantization | None) -> Make:
+def dense_stock(weights: Quantization, embedding: Quantization | None) -> Make:
+    """As onnxruntime-genai's builder makes it: rounded to nearest."""
+    quantization = DenseQuantization(weights, "MatMulNBits")
     return lambda sources, out: export(sources.dense, out, dense=quantization, embedding=embedding)
+
+
+def dense_quantized(weights: Quantization, embedding: Quantization) -> Make:
+    """Rounded as the 2:4 model is."""
+
+    def make(sources: Sources, out: Path) -> None:
+        quantization = DenseQuantization(weights, calibration=sources.calibration)
+        export(sources.dense, out, dense=quantization, embedding=embedding)
+
+    return make
 
 
 def sparse_float32(sources: Sources, out: Path) -> None:

@@ -3,8 +3,10 @@
 These are what 2:4 is compared with: dense models at the bits that a user would otherwise take.
 """
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -14,10 +16,14 @@ from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQua
 
 from conversion.errors import InputError
 from conversion.onnx.linear import block_weights, lazy, replace_matmul
+from conversion.onnx.stacked_layers import check_stacked, stacked_layers
 from conversion.panel import ROWS
-from conversion.quantization.formats import INT4, INT8, Quantization
+from conversion.quantization.formats import INT4, INT8, Quantization, dequantize, encode
 from conversion.quantization.quantize import quantize_dense
 from conversion.quantized_panel import panel_bytes, panel_group, to_quantized_panels
+
+Codes = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+"""By tensor name, codes [N, K] and scales [N, G]."""
 
 INT8_ACTIVATIONS = 4
 """MatMulNBits' accuracy_level with activations rounded to 8 bits: its fastest."""
@@ -25,52 +31,68 @@ INT8_ACTIVATIONS = 4
 
 @dataclass(frozen=True)
 class DenseQuantization:
-    """How the linears of a dense model are quantized, to nearest, and what multiplies them.
+    """How the linears of a dense model are quantized, and what multiplies them.
 
     Attributes:
         weights: int8 or int4, and its groups.
         operator: "MatMulNBits" is ONNX Runtime's, with the stock builder's rounding; "DenseNBits" is ours.
+        calibration: text files on which "DenseNBits" makes up for rounding as 2:4 models do; none rounds to nearest.
     """
 
     weights: Quantization
     operator: Literal["MatMulNBits", "DenseNBits"] = "DenseNBits"
+    calibration: tuple[Path, ...] = ()
 
     def __post_init__(self) -> None:
         if self.weights.values not in (INT8, INT4):
             raise InputError(f"a dense model cannot be exported in {self.weights.values.name}: use int8 or int4")
         if self.operator == "MatMulNBits" and self.weights.group_size is None:
             raise InputError("MatMulNBits has scales per group: name a group size")
+        if self.operator == "MatMulNBits" and self.calibration:
+            raise InputError("MatMulNBits is rounded as the stock builder does: leave calibration text out")
 
 
-def use_dense_nbits(model: ir.Model, quantization: DenseQuantization) -> None:
+def use_dense_nbits(
+    model: ir.Model, quantization: DenseQuantization, model_type: str, calibrated: Codes | None = None
+) -> None:
     """Quantize the dense linears of the blocks, and with MatMulNBits lm_head too, as the builder does, in place.
 
     Weights are quantized one by one when the graph is saved.
+
+    Args:
+        model: a graph whose weights [K, N] are those that `calibrated` stands for, where it is given.
+        quantization: what to make.
+        model_type: of the config.
+        calibrated: what `calibrated_codes` found; None rounds to nearest.
     """
-    if quantization.operator == "DenseNBits":
-        _use_panels(model.graph, quantization.weights)
-    else:
+    if quantization.operator == "MatMulNBits":
         _use_matmul_nbits(model, quantization.weights)
-
-
-def _use_panels(graph: ir.Graph, quantization: Quantization) -> None:
+        return
+    graph = model.graph
     for node, weight in block_weights(graph):
         columns, rows = weight.shape.numpy()
-        shape = [-(-rows // ROWS), panel_bytes(columns, quantization, sparse=False)]
+        shape = [-(-rows // ROWS), panel_bytes(columns, quantization.weights, sparse=False)]
         name = f"{str(weight.name).removesuffix('MatMul.weight')}panels"
-        panels = lazy(name, ir.DataType.UINT8, shape, _panels_of(weight, quantization))
+        make = partial(_panels, weight, quantization.weights, model_type, calibrated)
+        panels = lazy(name, ir.DataType.UINT8, shape, make)
         graph.register_initializer(panels)
-        bits, group = quantization.values.bits, panel_group(quantization)
+        bits, group = quantization.weights.values.bits, panel_group(quantization.weights)
         attributes = {"N": rows, "K": columns, "bits": bits, "group_size": group, "resident": 1}
         replace_matmul(graph, node, "DenseNBits", [panels], attributes)
 
 
-def _panels_of(weight: ir.TensorProtocol, quantization: Quantization) -> Callable[[], ir.TensorProtocol]:
-    def make() -> ir.TensorProtocol:
+def _panels(
+    weight: ir.TensorProtocol, quantization: Quantization, model_type: str, calibrated: Codes | None
+) -> ir.TensorProtocol:
+    if calibrated is None:
         stored, scale = quantize_dense(torch.from_numpy(weight.numpy()).T.contiguous(), quantization)
-        return ir.tensor(to_quantized_panels(stored, None, scale, quantization).numpy())
-
-    return make
+    else:
+        by_layer = {name.removesuffix(".weight"): found for name, found in calibrated.items()}
+        layers = stacked_layers(weight, model_type, by_layer)
+        codes, scale = (torch.cat([by_layer[layer][i] for layer in layers]) for i in range(2))
+        stored = encode(codes, quantization.values)
+        check_stacked(weight, layers, dequantize(stored, None, scale, quantization))
+    return ir.tensor(to_quantized_panels(stored, None, scale, quantization).numpy())
 
 
 def _use_matmul_nbits(model: ir.Model, quantization: Quantization) -> None:

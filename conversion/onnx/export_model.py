@@ -31,6 +31,7 @@ from conversion.onnx.stock_graph import stock_graph
 from conversion.packed import PATTERN
 from conversion.packed_checkpoint import PackedCheckpoint, open_checkpoint
 from conversion.progress import byte_progress
+from conversion.quantization.calibrated import calibrated_codes
 from conversion.quantization.formats import Quantization
 from conversion.quantization.quantize import quantize_dense
 from conversion.tokenizer import load_tokenizer
@@ -90,12 +91,16 @@ def export(
             f"the embedding of {source.directory} is already {source.embedding.values.name}: leave --embedding out"
         )
     with new_directory(Path(out_dir), overwrite, source.directory) as building:
-        model = dense_model(source)
+        model, calibrated = dense_model(source), None
+        if dense is not None and dense.calibration:
+            assert isinstance(source, Checkpoint)
+            model = model.float()
+            calibrated = calibrated_codes(model, source, dense.weights, dense.calibration, sparse=False)
         graph = stock_graph(model)
         use_paged_attention(graph, model.config)
         select_logits_rows(graph)
         if dense is not None:
-            use_dense_nbits(graph, dense)
+            use_dense_nbits(graph, dense, source.config["model_type"], calibrated)
         elif dtype in _QUANTIZED:
             assert isinstance(source, PackedCheckpoint)
             use_quantized_matmul(graph, source, float_activations=float_activations)

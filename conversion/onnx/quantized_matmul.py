@@ -1,44 +1,15 @@
 """Rewrite 3, quantized: MatMul with a packed weight -> cast24::Sparse24MatMulNBits with panels."""
 
-import re
-
 import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from conversion.errors import InputError
 from conversion.onnx.linear import block_weights, lazy, replace_matmul
+from conversion.onnx.stacked_layers import check_stacked, stacked_layers
 from conversion.packed_checkpoint import PackedCheckpoint
 from conversion.panel import ROWS
 from conversion.quantization.formats import Quantization, dequantize
 from conversion.quantized_panel import panel_bytes, panel_group, to_quantized_panels
-
-# The builder's names of a block's linears -> the checkpoint's, whose rows follow one another.
-_LLAMA = {
-    "attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "attn.q_proj": ("self_attn.q_proj",),
-    "attn.k_proj": ("self_attn.k_proj",),
-    "attn.v_proj": ("self_attn.v_proj",),
-    "attn.o_proj": ("self_attn.o_proj",),
-    "mlp.gate_proj": ("mlp.gate_proj",),
-    "mlp.up_proj": ("mlp.up_proj",),
-    "mlp.down_proj": ("mlp.down_proj",),
-}
-_SOURCES: dict[str, dict[str, tuple[str, ...]]] = {
-    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), _LLAMA),
-    "gpt2": {
-        "attn.qkv_proj": ("attn.c_attn",),
-        "attn.o_proj": ("attn.c_proj",),
-        "mlp.fc1": ("mlp.c_fc",),
-        "mlp.fc2": ("mlp.c_proj",),
-    },
-    "opt": {
-        "attn.qkv_proj": _LLAMA["attn.qkv_proj"],
-        "attn.o_proj": ("self_attn.out_proj",),
-        "mlp.fc1": ("fc1",),
-        "mlp.fc2": ("fc2",),
-    },
-}
 
 
 def use_quantized_matmul(model: ir.Model, source: PackedCheckpoint, *, float_activations: bool) -> None:
@@ -64,30 +35,11 @@ def packed_parts(source: PackedCheckpoint, weight: ir.TensorProtocol) -> tuple[T
     InputError if they are not what the graph multiplies by.
     """
     assert source.quantization is not None
-    block, role = _split(str(weight.name))
-    by_place = {_place(layer): layer for layer in source.sparse_layers}
-    layers = [by_place[block, part] for part in _SOURCES[source.config["model_type"]][role]]
+    layers = stacked_layers(weight, source.config["model_type"], source.sparse_layers)
     parts = [(*source.packed(layer), source.scale(layer)) for layer in layers]
     stored, bitmask, scale = (torch.cat([part[i] for part in parts]) for i in range(3))  # type: ignore[misc]
-    given = torch.from_numpy(weight.numpy()).T
-    if not torch.equal(dequantize(stored, bitmask, scale, source.quantization).to(given.dtype), given):
-        raise InputError(
-            f"the graph's {weight.name} is not {' + '.join(layers)}: this architecture cannot be exported with "
-            "quantized values"
-        )
+    check_stacked(weight, layers, dequantize(stored, bitmask, scale, source.quantization))
     return stored, bitmask, scale
-
-
-def _place(layer: str) -> tuple[int, str]:
-    """'model.layers.3.self_attn.q_proj' -> (3, 'self_attn.q_proj'), for every family's prefix."""
-    match = re.fullmatch(r"(?:\w+\.)*?(?:layers|h)\.(\d+)\.(.+)", layer)
-    assert match is not None
-    return int(match[1]), match[2]
-
-
-def _split(weight: str) -> tuple[int, str]:
-    """'model.layers.3.attn.qkv_proj.MatMul.weight' -> (3, 'attn.qkv_proj')."""
-    return _place(weight.removesuffix(".MatMul.weight"))
 
 
 class _Panels:

@@ -1,4 +1,4 @@
-"""Quantizing a checkpoint's linears on calibration text."""
+"""Quantizing a checkpoint's linears, 2:4 or dense, on calibration text."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from conversion.checkpoint import Checkpoint
-from conversion.dense_model import context_length, dense_model
+from conversion.dense_model import context_length
 from conversion.errors import InputError
 from conversion.families import place_in_blocks
 from conversion.quantization.formats import Quantization
@@ -21,25 +21,31 @@ SEQUENCE_TOKENS = 512
 
 
 def calibrated_codes(
-    source: Checkpoint, quantization: Quantization, data: Sequence[str | Path], tokens: int = CALIBRATION_TOKENS
+    model: PreTrainedModel,
+    source: Checkpoint,
+    quantization: Quantization,
+    data: Sequence[str | Path],
+    tokens: int = CALIBRATION_TOKENS,
+    *,
+    sparse: bool,
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return codes [N, K] and scales [N, G] of every weight in the scope of a 2:4 checkpoint, by tensor name.
+    """Quantize the linears in the scope of a checkpoint in place; return codes [N, K] and scales [N, G] by tensor name.
 
     Args:
-        source: exactly 2:4.
+        model: of `source`, float32.
+        source: where its tokenizer lies, too.
         quantization: format and groups.
         data: text files; the first `tokens` tokens of them are used.
         tokens: most tokens to calibrate on.
+        sparse: keep zero weights at zero (a 2:4 model); else every weight may move.
 
     Raises:
         InputError: there is no text, too little of it, or no tokenizer in the source's directory.
     """
     length = min(SEQUENCE_TOKENS, context_length(source))
     calibration = calibration_sequences(data, load_tokenizer(source.directory), length, tokens)
-    model = dense_model(source, torch.float32)
-    linears = scope_modules(model, source)
-    names = {module: name for name, module in linears.items()}
-    found = quantize_model(model, names, quantization, calibration, sparse=True)
+    names = {module: name for name, module in scope_modules(model, source).items()}
+    found = quantize_model(model, names, quantization, calibration, sparse=sparse)
     return {
         # stored by the byte: codes are whole numbers, or 8-bit floats
         names[linear]: (codes.to(torch.int8 if quantization.values.bits == 4 else quantization.values.dtype), scale)

@@ -4,12 +4,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 from benchmarks.cpu import engine_runner
+from benchmarks.cpu.steps import Steps
+from conversion.checkpoint import Checkpoint
+from conversion.dense_model import dense_model
 from conversion.errors import InputError
 from conversion.onnx import export
 from conversion.onnx.dense_nbits import DenseQuantization
+from conversion.quantization.calibrated import calibrated_codes, scope_modules
 from conversion.quantization.formats import FP8, INT4, INT8, Quantization
+from conversion.quantization.quantize import quantize_model
+from tests.cast_train.tiny import tokenizer, write_text
 from tests.conversion.models import CONFIGS, make_model
 
 WINDOW = torch.arange(48).mul(37).add(11).remainder(97)
@@ -39,6 +46,29 @@ def test_a_quantized_dense_model_says_what_the_dense_one_does(case: str, family:
     assert b"Sparse24" not in graph
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2", "opt"])
+def test_calibration_text_rounds_a_dense_model_as_it_does_a_sparse_one(family: str, tmp_path: Path) -> None:
+    make_model(CONFIGS[family], sparse=False).save_pretrained(tmp_path / "hf")
+    tokenizer().save_pretrained(tmp_path / "hf")
+    write_text(tmp_path / "text.txt")
+    source, int4 = Checkpoint(tmp_path / "hf"), Quantization(INT4, 32)
+
+    def logits_of(model: PreTrainedModel) -> torch.Tensor:
+        with torch.no_grad():
+            return model(WINDOW[None]).logits[0]
+
+    nearest, calibrated = dense_model(source), dense_model(source)
+    for _ in quantize_model(nearest, scope_modules(nearest, source).values(), int4, None, sparse=False):
+        pass
+    calibrated_codes(calibrated, source, int4, [tmp_path / "text.txt"], sparse=False)
+    expected = logits_of(calibrated)
+    dense = DenseQuantization(int4, calibration=(tmp_path / "text.txt",))
+    export(tmp_path / "hf", tmp_path / "onnx", dense=dense)
+    found = torch.from_numpy(Steps(tmp_path / "onnx", 1, sequences=1, tokens=48).run(WINDOW[None].numpy(), 0))
+    # activations are rounded to 8 bits, which is little beside what separates the two ways to round to 4
+    assert (found - expected).norm() < 0.3 * (logits_of(nearest) - expected).norm()
+
+
 def test_what_cannot_be_quantized_is_refused(tmp_path: Path) -> None:
     make_model(CONFIGS["llama"], sparse=True).save_pretrained(tmp_path / "sparse")
     with pytest.raises(InputError, match="is 2:4: quantize it as a packed checkpoint"):
@@ -47,3 +77,5 @@ def test_what_cannot_be_quantized_is_refused(tmp_path: Path) -> None:
         DenseQuantization(Quantization(INT8, None), "MatMulNBits")
     with pytest.raises(InputError, match="use int8 or int4"):
         DenseQuantization(Quantization(FP8, None))
+    with pytest.raises(InputError, match="leave calibration text out"):
+        DenseQuantization(Quantization(INT4, 32), "MatMulNBits", (tmp_path / "text.txt",))
