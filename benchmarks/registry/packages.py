@@ -23,6 +23,13 @@ _DOWNLOAD: dict[Registry, Callable[["Package"], list[str]]] = {
     "debian": lambda p: ["apt-get", "download", "--quiet", f"{p.name}={p.version}"],
 }
 
+# What mends a download that failed
+_MEND: dict[Registry, str] = {
+    "pypi": "check pip's package index",
+    "npm": "check npm's registry",
+    "debian": "refresh the package lists (apt-get update), or use a release that still has it",
+}
+
 
 @dataclass(frozen=True)
 class Package:
@@ -55,7 +62,7 @@ def fetch(package: Package, directory: Path, *patterns: str) -> Path:
         archives = [path for path in Path(downloads).iterdir() if path.is_file()]
         if done.returncode or len(archives) != 1:
             reason = (done.stderr.strip().splitlines() or ["no file came"])[-1]
-            raise InputError(f"{package} could not be downloaded ({reason}): check the package registry")
+            raise InputError(f"{package} could not be downloaded ({reason}): {_MEND[package.registry]}")
         with archives[0].open("rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != package.sha256:
                 raise InputError(f"{package} is not the file this project pinned: its SHA-256 differs")
