@@ -12,8 +12,8 @@ from conversion.errors import InputError
 
 
 def bench(
-    dense: Annotated[Path, typer.Option(help="Dense model directory.", show_default=False)],
-    sparse: Annotated[Path, typer.Option(help="Its 2:4 model, converted by `cast convert`.", show_default=False)],
+    dense: Annotated[Path, typer.Option(help="Dense model: a directory, or a hub id.", show_default=False)],
+    sparse: Annotated[Path, typer.Option(help="Its 2:4 model, packed, likewise.", show_default=False)],
     out: Annotated[Path, typer.Option(help="Directory for bench.json, report.html and the servers' logs.")] = Path(
         "bench"
     ),
@@ -60,12 +60,11 @@ def bench(
     from benchmarks.report.render import write_report
     from benchmarks.report.summary import summary_table
     from cast_serve.server.model_dir import find_onnx_dir
+    from conversion.hub import local_model
     from conversion.model_config import context_length, read_config
 
     _stop_on_sigterm()
-    for directory in (dense, sparse):
-        if not directory.is_dir():
-            raise InputError(f"there is no directory {directory}: give a model directory")
+    dense, sparse = local_model(dense), local_model(sparse)
     concurrencies = _concurrencies(concurrency)
     evaluated = Quality.read(quality) if quality else None
     context = context_length(read_config(dense)) or sys.maxsize

@@ -16,8 +16,9 @@ def train(
     data: Annotated[
         list[str] | None,
         typer.Option(
-            help="Training text: .txt, .jsonl or .parquet file, directory of them, or hub dataset id; 'self' samples "
-            "from the dense model as many tokens as are trained, self:COUNT so many. May be repeated."
+            help="Training text: .txt, .jsonl or .parquet file, directory of them, or hub dataset, NAME or "
+            "NAME:CONFIG; 'self' samples from the dense model as many tokens as are trained, self:COUNT so many. May "
+            "be repeated."
         ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Directory to make for the 2:4 model.")] = None,
@@ -228,8 +229,12 @@ def train(
         from rich.console import Console
 
         from cast_train.plan import make_plan, print_plan
+        from conversion.hub import local_model
 
-        print_plan(make_plan(Path(source), config, gpus=gpus, gpu=gpu, mfu=mfu), Console(highlight=False))
+        print_plan(
+            make_plan(local_model(source, ["config.json"]), config, gpus=gpus, gpu=gpu, mfu=mfu),
+            Console(highlight=False),
+        )
         return
     if not data or out is None:
         raise InputError("say what to train on and where to save the result: give --data and --out")
@@ -260,8 +265,11 @@ def train(
 
 
 def evaluate(
-    models: Annotated[list[Path], typer.Argument(help="Model directories to score, dense or packed.")],
-    data: Annotated[Path | None, typer.Option(help="Held-out text: .txt, .jsonl or .parquet file.")] = None,
+    models: Annotated[list[Path], typer.Argument(help="Models to score, dense or packed: directories, or hub ids.")],
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Held-out text: .txt, .jsonl or .parquet file, or hub dataset as NAME:CONFIG:SPLIT."),
+    ] = None,
     context: Annotated[
         int | None,
         typer.Option(help="Tokens per window; default: 1024, or the models' context if that is shorter.", min=2),

@@ -21,6 +21,7 @@ from conversion.progress import shown_progress
 from conversion.text import Source, open_sources
 
 _BATCH = 1 << 20  # characters handed to the tokenizer at once
+_TOKEN_BYTES = 4  # of text, about, to show progress by
 _CACHE_VERSION = 1
 
 
@@ -93,7 +94,12 @@ class TokenBlocks(Dataset[dict[str, Tensor]]):
 
 
 def load_tokens(
-    data: Sequence[str], tokenizer: PreTrainedTokenizerBase, cache_dir: Path | None = None, *, progress: bool = True
+    data: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    cache_dir: Path | None = None,
+    *,
+    needed: int | None = None,
+    progress: bool = True,
 ) -> TokenCache:
     """Tokenize a corpus, or open the cache that an earlier call made of the same texts and tokenizer.
 
@@ -102,8 +108,10 @@ def load_tokens(
 
     Args:
         data: files (.txt: one document a file; .jsonl with a "text" field; .parquet with a "text" column),
-            directories of such files, or dataset ids of the Hugging Face hub (split "train", column "text").
+            directories of such files, or datasets of the Hugging Face hub with a "text" column: NAME, NAME:CONFIG or
+            NAME:CONFIG:SPLIT, the split being "train" unless named.
         cache_dir: where caches live; default `cast-serve/tokens` in the user's cache directory.
+        needed: tokens at which reading stops in each dataset of the hub; files are read whole.
 
     Raises:
         InputError: a file is missing, empty or malformed, or has no text.
@@ -113,7 +121,8 @@ def load_tokens(
     sources = [source for entry in data for source in open_sources(entry)]
     if not sources:
         raise InputError("no training text was given")
-    fingerprint = _hash(str(_CACHE_VERSION), _tokenizer_hash(tokenizer), *(source.fingerprint() for source in sources))
+    texts = [f"{source.fingerprint()} to {needed}" if source.streamed else source.fingerprint() for source in sources]
+    fingerprint = _hash(str(_CACHE_VERSION), _tokenizer_hash(tokenizer), *texts)
     cache_dir = cache_dir or default_cache()
     target = cache_dir / fingerprint
     if not target.is_dir():
@@ -121,7 +130,7 @@ def load_tokens(
         partial = Path(tempfile.mkdtemp(prefix=f".{fingerprint}.", dir=cache_dir))
         try:
             with room_for(target):
-                _tokenize(sources, tokenizer, partial, progress)
+                _tokenize(sources, tokenizer, partial, needed, progress)
             try:
                 partial.rename(target)
             except OSError:
@@ -149,20 +158,31 @@ def default_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "cast-serve" / "tokens"
 
 
-def _tokenize(sources: list[Source], tokenizer: PreTrainedTokenizerBase, directory: Path, progress: bool) -> None:
+def _tokenize(
+    sources: list[Source], tokenizer: PreTrainedTokenizerBase, directory: Path, needed: int | None, progress: bool
+) -> None:
     """Write tokens.bin and meta.json into `directory`. InputError if there is no token."""
     dtype = np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32
     total = 0
-    size = sum(source.size() for source in sources)
+    size = sum(_TOKEN_BYTES * (needed or 0) if source.streamed else source.size() for source in sources)
     with shown_progress("tokenizing", size, progress) as advance, (directory / "tokens.bin").open("wb") as out:
-        for batch in _batches(piece for source in sources for piece in source.pieces()):
-            encoded = tokenizer([text for text, _, _ in batch], add_special_tokens=False)["input_ids"]
-            for ids, (_, ends, _) in zip(encoded, batch, strict=True):
-                if ends and ids:
-                    ids.append(tokenizer.eos_token_id)
-                out.write(np.asarray(ids, dtype=dtype).tobytes())
-                total += len(ids)
-            advance(sum(amount for _, _, amount in batch))
+        for source in sources:
+            found = 0
+            for batch in _batches(source.pieces()):
+                encoded = tokenizer([text for text, _, _ in batch], add_special_tokens=False)["input_ids"]
+                before = found
+                for ids, (_, ends, _) in zip(encoded, batch, strict=True):
+                    if ends and ids:
+                        ids.append(tokenizer.eos_token_id)
+                    out.write(np.asarray(ids, dtype=dtype).tobytes())
+                    found += len(ids)
+                if source.streamed:
+                    advance(_TOKEN_BYTES * (found - before))
+                    if needed is not None and found >= needed:
+                        break
+                else:
+                    advance(sum(amount for _, _, amount in batch))
+            total += found
     if total == 0:
         raise InputError("the training text is empty")
     (directory / "meta.json").write_text(json.dumps({"dtype": np.dtype(dtype).name, "tokens": total}))

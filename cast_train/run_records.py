@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cast_train.scaling_law import RunRecord
 from conversion.errors import InputError
+from conversion.hub import local_model
 from conversion.shards import Shards
 
 
@@ -108,4 +109,4 @@ def _add_evaluated(found: RunRecords, models: dict[str, dict[str, Any]], method:
 
 def _parameters(directory: str) -> float:
     """Numbers in a model's weight files, which hold tied weights once."""
-    return float(sum(math.prod(info.shape) for info in Shards(Path(directory)).infos.values()))
+    return float(sum(math.prod(info.shape) for info in Shards(local_model(directory)).infos.values()))

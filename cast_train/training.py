@@ -34,7 +34,7 @@ from conversion.atomic import check_target, new_directory
 from conversion.checkpoint import Checkpoint
 from conversion.dense_model import context_length, dense_config, dense_model
 from conversion.errors import InputError, Interrupted
-from conversion.hub import local_model
+from conversion.hub import local_model, model_name
 from conversion.progress import without_transformers_bars
 from conversion.tokenizer import load_tokenizer
 
@@ -90,7 +90,7 @@ def train(
         raise InputError("the teacher's top k tokens need a directory to be kept in: give both or neither")
     budget_tokens = config.total_steps * config.batch_tokens
     texts = with_samples(data, dense, tokenizer, budget_tokens, config.block_length, cache_dir)
-    tokens = load_tokens(texts, tokenizer, cache_dir)
+    tokens = load_tokens(texts, tokenizer, cache_dir, needed=budget_tokens)
     check_vocabulary(tokens.tokens, dense_config(dense).vocab_size, directory)
     blocks = TokenBlocks(tokens, config.block_length, config.total_steps * config.blocks_per_step, config.seed)
     source_id = source_hash(directory)
@@ -178,7 +178,7 @@ def train(
         with new_directory(out, overwrite, directory) as building:
             save_model(finished, tokenizer, directory, building)
             shutil.copy(run.metrics, building)
-            plot_metrics(metrics, building / "training.png", f"Training of {directory.name} by {config.method}")
+            plot_metrics(metrics, building / "training.png", f"Training of {model_name(directory)} by {config.method}")
             (building / "training.json").write_text(json.dumps(summary, indent=1) + "\n")
         shutil.rmtree(run.directory)
         console.print(f"saved {out}")

@@ -31,7 +31,7 @@ class ValueDtype(StrEnum):
 
 
 def convert(
-    source: Annotated[Path, typer.Argument(help="Model directory: a 2:4 Hugging Face model, or a packed one (onnx).")],
+    source: Annotated[Path, typer.Argument(help="2:4 Hugging Face model, or a packed one (onnx), or its hub id.")],
     out: Annotated[Path, typer.Argument(help="Directory to make.")],
     to: Annotated[
         Target,
@@ -85,6 +85,7 @@ def convert(
     int4 --embedding int8 --calibration train.jsonl
     """
     from conversion.errors import InputError
+    from conversion.hub import local_model
     from conversion.quantization.formats import Quantization
 
     dtype = None if value_dtype is None else value_dtype.value
@@ -98,9 +99,10 @@ def convert(
             raise InputError("--verify checks packed checkpoints: convert with --to packed --verify first")
         if quantize is not None:
             raise InputError(f"--quantize makes packed checkpoints: leave --to {to.value} out")
+    if to is Target.tensorrt and embedding is not None:
+        raise InputError("--embedding makes packed checkpoints: leave --to tensorrt out")
+    source = local_model(source)
     if to is Target.tensorrt:
-        if embedding is not None:
-            raise InputError("--embedding makes packed checkpoints: leave --to tensorrt out")
         from conversion.onnx.tensorrt import export_tensorrt
 
         export_tensorrt(source, out, dtype, overwrite=overwrite)
@@ -140,16 +142,19 @@ def convert(
 
 
 def info(
-    directory: Annotated[Path, typer.Argument(help="Hugging Face model, packed checkpoint or ONNX directory.")],
+    directory: Annotated[
+        Path, typer.Argument(help="Hugging Face model, packed checkpoint or ONNX directory, or its hub id.")
+    ],
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Show what a model directory holds: sparsity and violations per linear, sizes dense and packed."""
     from rich.console import Console
 
+    from conversion.hub import local_model
     from conversion.info_table import print_info
     from conversion.inspection import inspect_directory
 
-    found = inspect_directory(directory, show_progress=not json)
+    found = inspect_directory(local_model(directory), show_progress=not json)
     if json:
         print(found.as_json())
     else:

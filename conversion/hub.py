@@ -1,14 +1,19 @@
-"""The model that a command starts from, as a local directory."""
+"""The model that a command is given, as a local directory."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from conversion.errors import InputError
 
-WANTED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
+WANTED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "model.onnx*"]
+_UNWANTED = ["*/*", "consolidated*"]  # the same model in other programs' formats
 
 
-def local_model(source: str | Path) -> Path:
-    """Return the directory `source`, or download the hub model of that id. InputError if it is neither."""
+def local_model(source: str | Path, wanted: Sequence[str] = WANTED) -> Path:
+    """Return the directory `source`, or download the `wanted` files of the hub model of that id.
+
+    InputError if it is neither.
+    """
     directory = Path(source)
     if directory.is_dir():
         return directory
@@ -18,8 +23,16 @@ def local_model(source: str | Path) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(str(source), allow_patterns=WANTED))
+        return Path(snapshot_download(str(source), allow_patterns=list(wanted), ignore_patterns=_UNWANTED))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError):
         raise InputError(
             f"'{source}' is no local directory and no model that the hub gives: check the name and the connection"
         ) from None
+
+
+def model_name(directory: Path) -> str:
+    """What to call the model in `directory`: the directory's name, or the repository's in the hub's cache."""
+    directory = directory.resolve()
+    if directory.parent.name == "snapshots":
+        return directory.parent.parent.name.rpartition("--")[2]
+    return directory.name

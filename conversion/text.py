@@ -24,14 +24,20 @@ def read_documents(data: Sequence[str | Path]) -> Iterator[str]:
 
 
 class Source:
-    """Documents of one origin."""
+    """Documents of one origin.
+
+    Attributes:
+        streamed: its size is unknown and may have no practical end: no more of it should be read than is needed.
+    """
+
+    streamed = False
 
     def fingerprint(self) -> str:
         raise NotImplementedError
 
     def size(self) -> int:
-        """Total of the amounts that `pieces` yields, for the progress bar."""
-        raise NotImplementedError
+        """Total of the amounts that `pieces` yields, for the progress bar; 0 of what is streamed."""
+        return 0
 
     def pieces(self) -> Iterator[tuple[str, bool, int]]:
         """Yield (text, whether a document ends with it, its share of size())."""
@@ -100,31 +106,43 @@ class _Parquet(_TextFile):
 
 
 class _HubDataset(Source):
-    def __init__(self, name: str) -> None:
-        import datasets
+    """A split of a dataset on the hub, streamed: nobody wants a whole crawl on disk. Offline, what was downloaded."""
 
+    streamed = True
+
+    def __init__(self, entry: str) -> None:
+        import datasets
+        from huggingface_hub import HfApi, constants
+
+        name, configuration, split = [*entry.split(":"), "", ""][:3]
+        offline = constants.HF_HUB_OFFLINE
         try:
-            self._rows: Any = datasets.load_dataset(name, split="train")
+            self._rows: Any = datasets.load_dataset(
+                name, configuration or None, split=split or "train", streaming=not offline
+            )
+            version = self._rows._fingerprint if offline else HfApi().dataset_info(name).sha
         except Exception as error:
+            reason = " ".join(str(error).split())
             raise InputError(
-                f"'{name}' is neither a file or directory here nor a dataset that the hub gives: {error}"
+                f"'{entry}' is neither a file or directory here nor a dataset that the hub gives as NAME, NAME:CONFIG "
+                f"or NAME:CONFIG:SPLIT: {reason}"
             ) from None
-        if "text" not in self._rows.column_names:
-            raise InputError(f'dataset {name} has no "text" column, only {", ".join(self._rows.column_names)}')
+        columns = list(self._rows.column_names or next(iter(self._rows), {}))
+        if "text" not in columns:
+            raise InputError(f'dataset {name} has no "text" column, only {", ".join(columns)}')
+        self._identity = f"{name}:{configuration}:{split}@{version}"
 
     def fingerprint(self) -> str:
-        return self._rows._fingerprint
-
-    def size(self) -> int:
-        return len(self._rows)
+        return self._identity
 
     def pieces(self) -> Iterator[tuple[str, bool, int]]:
         for row in self._rows:
-            yield row["text"], True, 1
+            if row["text"] is not None:
+                yield row["text"], True, 0
 
 
 def open_sources(entry: str) -> list[Source]:
-    """Return what a file, a directory of files or a hub dataset id stands for.
+    """Return what a file, a directory of files or a hub dataset (NAME, NAME:CONFIG or NAME:CONFIG:SPLIT) stands for.
 
     Raises:
         InputError: there is no such thing, or a file is empty or of another kind than SUFFIXES.

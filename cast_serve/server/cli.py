@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from conversion.errors import InputError
+from conversion.hub import local_model, model_name
 
 
 class ValueDtype(enum.StrEnum):
@@ -27,7 +28,7 @@ class Engine(enum.StrEnum):
 
 def serve(
     context: typer.Context,
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="ONNX, packed or dense model directory.")],
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="ONNX, packed or dense model, or its hub id.")],
     engine: Annotated[
         Engine, typer.Option(help="vllm: vLLM's own server, to which all further arguments, after DIR, are passed on.")
     ] = Engine.onnxruntime,
@@ -60,7 +61,7 @@ def serve(
     On vLLM, with its settings: cast serve DIR --engine vllm --port 8000 --max-model-len 4096 --tensor-parallel-size 2
     """
     if engine is Engine.vllm:
-        _serve_on_vllm(context, directory)
+        _serve_on_vllm(context, local_model(directory))
         return
     if sparse_memory is not None:
         raise InputError("--sparse-memory is for GPUs, which --engine vllm serves on: leave it out")
@@ -70,11 +71,10 @@ def serve(
     from cast_serve.server.listen import bind
     from cast_serve.server.model_dir import find_onnx_dir
 
-    if not directory.is_dir():
-        raise InputError(f"model directory {directory} does not exist")
+    directory = local_model(directory)
     listener = bind(host, port)
     onnx_dir = find_onnx_dir(directory, value_dtype.value if value_dtype else None)
-    name = served_model_name or directory.resolve().name
+    name = served_model_name or model_name(directory)
 
     from cast_serve.server.model import ServedModel
     from cast_serve.server.run import run
@@ -97,7 +97,7 @@ def _serve_on_vllm(context: typer.Context, directory: Path) -> None:
         if name in given:
             raise InputError(f"--{name.replace('_', '-')} is for --engine onnxruntime: leave it out")
     arguments = ["--host", context.params["host"], "--port", str(context.params["port"])]
-    arguments += ["--served-model-name", given.get("served_model_name", directory.resolve().name)]
+    arguments += ["--served-model-name", given.get("served_model_name", model_name(directory))]
     if "max_batch_size" in given:
         arguments += ["--max-num-seqs", str(given["max_batch_size"])]
     if "value_dtype" in given:

@@ -19,6 +19,7 @@ from cast_train.evaluation.zero_shot import Tasks, zero_shot
 from conversion.atomic import write_text
 from conversion.dense_model import context_length, dense_model
 from conversion.errors import InputError
+from conversion.hub import local_model, model_name
 from conversion.packed_checkpoint import open_checkpoint
 from conversion.text import read_documents
 from conversion.tokenizer import load_tokenizer
@@ -39,7 +40,7 @@ def evaluate(
     """Score every model directory, dense or packed, in float32, on the accelerator if there is one.
 
     Args:
-        models: directories of checkpoints.
+        models: directories of checkpoints, or hub ids.
         data: held-out text, see `conversion.text`; every model gets the same windows of it.
         context: tokens per window; None takes 1024, or the shortest context of the models if that is shorter.
         tokens: most tokens of the text to score.
@@ -74,7 +75,7 @@ def evaluate(
                 others = heldout_windows(texts, teacher_model[1], context, tokens)
                 if model.config.vocab_size != teacher_model[0].config.vocab_size or not torch.equal(windows, others):
                     raise InputError(f"{teacher} has other tokens than {directory}: give the dense model it came from")
-            score = score_windows(model, windows, teacher_model and teacher_model[0], directory.name)
+            score = score_windows(model, windows, teacher_model and teacher_model[0], _short(directory))
             result |= {name: value for name, value in asdict(score).items() if value is not None}
         if tasks is not None:
             result["zero_shot"] = zero_shot(model, tokenizer, tasks)
@@ -112,8 +113,8 @@ def print_results(results: dict[str, Any]) -> None:
         Console().print(table)
 
 
-def _short(directory: str) -> str:
-    return Path(directory).resolve().name
+def _short(model: str | Path) -> str:
+    return model_name(Path(model))
 
 
 def write_results(results: dict[str, Any], path: Path) -> None:
@@ -133,13 +134,14 @@ def versions() -> dict[str, str]:
 
 
 def _load(directory: Path, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    directory = local_model(directory)
     model: Any = dense_model(open_checkpoint(directory), torch.float32)
     return model.to(device), load_tokenizer(directory)
 
 
 def window_length(models: Sequence[Path], context: int | None) -> int:
     """Tokens per window: `context`, or 1024, or the shortest context of the models; InputError if that is exceeded."""
-    shortest = min((context_length(open_checkpoint(directory)), directory) for directory in models)
+    shortest = min((context_length(open_checkpoint(local_model(model))), model) for model in models)
     if context is None:
         return min(DEFAULT_CONTEXT, shortest[0])
     if context > shortest[0]:

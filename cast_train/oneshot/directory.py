@@ -38,7 +38,8 @@ def prune_directory(
         calibration = None
         if method in CALIBRATED:
             texts = with_samples(data, dense, tokenizer, config.calibration_tokens, config.block_length)
-            calibration = calibration_samples(load_tokens(texts, tokenizer), config)
+            tokens = load_tokens(texts, tokenizer, needed=config.calibration_tokens)
+            calibration = calibration_samples(tokens, config)
             check_vocabulary(calibration, model.config.vocab_size, directory)
         prune(model, method, calibration)
         save_model(model, tokenizer, directory, building)

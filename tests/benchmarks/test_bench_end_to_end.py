@@ -69,7 +69,7 @@ def test_bench_refuses_a_dense_model_as_sparse(directories: tuple[Path, Path], t
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (("--dense", "nowhere", "--sparse", "nowhere"), "there is no directory nowhere"),
+        (("--dense", "nowhere", "--sparse", "nowhere"), "'nowhere' is no local directory and no model"),
         (
             ("--dense", ".", "--sparse", ".", "--concurrency", "1,x"),
             "--concurrency '1,x' is no list of positive numbers",

@@ -9,7 +9,7 @@ from conversion.errors import InputError
 
 
 def tune(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Packed model directory.")],
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Packed model: a directory, or a hub id.")],
     max_rows: Annotated[int, typer.Option(min=1, help="Rows of x up to which is measured, by powers of two.")] = 8192,
     plot: Annotated[Path | None, typer.Option(help="Heat map to draw, .png or .svg (needs matplotlib).")] = None,
 ) -> None:
@@ -27,9 +27,10 @@ def tune(
     from cast_serve.kernels.cuda.measurement import Gpu
     from cast_serve.kernels.cuda.tune import ROWS, layers_of
     from cast_serve.kernels.cuda.tune import tune as measure
+    from conversion.hub import local_model
     from conversion.progress import shown_progress
 
-    layers = layers_of(directory)
+    layers = layers_of(local_model(directory))
     rows = [row for row in ROWS if row <= max_rows]
     with shown_progress("measuring", len(layers) * len(rows)) as advance:
         points = measure(Gpu(), layers, rows, advance)
