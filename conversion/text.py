@@ -111,7 +111,13 @@ class _HubDataset(Source):
     streamed = True
 
     def __init__(self, entry: str) -> None:
-        import datasets
+        try:
+            import datasets
+        except ImportError:
+            raise InputError(
+                f"{entry} is no file or directory here, and to look for it on the hub takes the package 'datasets': "
+                "pip install 'cast-serve[train]'"
+            ) from None
         from huggingface_hub import HfApi, constants
 
         name, configuration, split = [*entry.split(":"), "", ""][:3]
