@@ -1,15 +1,29 @@
 """The `cast` command: assembles the commands that the packages register, and turns InputError into one sentence."""
 
+import sys
 from importlib.metadata import entry_points
 
 import typer
 
 from conversion.command import run
+from conversion.errors import InputError
 
 COMMANDS = "cast.commands"
 # What serve does not know goes on to the engine.
 PASSING = {"serve": {"allow_extra_args": True, "ignore_unknown_options": True}}
-ORDER = ["train", "convert", "serve", "bench", "eval", "pipeline", "info", "tune", "scaling-law", "export-genai"]
+EXTRAS = {
+    "train": "train",
+    "convert": "convert",
+    "serve": "serve",
+    "bench": "bench",
+    "eval": "train",
+    "pipeline": "train,convert,serve,bench",
+    "info": "convert",
+    "tune": "train,gpu",
+    "scaling-law": "train",
+    "export-genai": "genai",
+}
+"""The commands in the order of --help, and what each must be installed with."""
 
 
 def build_app() -> typer.Typer:
@@ -21,13 +35,25 @@ def build_app() -> typer.Typer:
         add_completion=False,
     )
     found = {entry.name: entry for entry in entry_points(group=COMMANDS)}
-    for name in sorted(found, key=lambda n: ORDER.index(n) if n in ORDER else len(ORDER)):
+    for name in sorted(found, key=[*EXTRAS, *found].index):
         app.command(name, context_settings=PASSING.get(name))(found[name].load())
     return app
 
 
 def main() -> None:
-    run(lambda: build_app()())
+    run(_run)
+
+
+def _run() -> None:
+    try:
+        build_app()()
+    except ModuleNotFoundError as error:
+        command = sys.argv[1] if len(sys.argv) > 1 else ""
+        if command not in EXTRAS:
+            raise
+        raise InputError(
+            f"cast {command} needs the package '{error.name}': pip install 'cast-serve[{EXTRAS[command]}]'"
+        ) from None
 
 
 if __name__ == "__main__":

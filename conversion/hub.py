@@ -26,8 +26,8 @@ def local_model(source: str | Path, wanted: Sequence[str] = WANTED) -> Path:
         return Path(snapshot_download(str(source), allow_patterns=list(wanted), ignore_patterns=_UNWANTED))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError):
         raise InputError(
-            f"'{source}' is no local directory and no model that the hub gives: check the name, the connection and, where a "
-            "model asks for consent, that you are logged in (hf auth login)"
+            f"'{source}' is no local directory and no model that the hub gives: check the name, the connection and, "
+            "where a model asks for consent, that you are logged in (hf auth login)"
         ) from None
 
 
