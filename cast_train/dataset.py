@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import FileLock
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
@@ -22,7 +23,7 @@ from conversion.text import Source, open_sources
 
 _BATCH = 1 << 20  # characters handed to the tokenizer at once
 _TOKEN_BYTES = 4  # of text, about, to show progress by
-_CACHE_VERSION = 1
+_CACHE_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -32,10 +33,12 @@ class TokenCache:
     Attributes:
         tokens: [total] uint16 or uint32; every document is followed by the EOS token.
         fingerprint: hash of the texts and the tokenizer.
+        largest: token of the corpus.
     """
 
     tokens: np.ndarray
     fingerprint: str
+    largest: int
 
 
 class TokenBlocks(Dataset[dict[str, Tensor]]):
@@ -125,27 +128,23 @@ def load_tokens(
     fingerprint = _hash(str(_CACHE_VERSION), _tokenizer_hash(tokenizer), *texts)
     cache_dir = cache_dir or default_cache()
     target = cache_dir / fingerprint
-    if not target.is_dir():
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{fingerprint}.", dir=cache_dir))
-        try:
-            with room_for(target):
-                _tokenize(sources, tokenizer, partial, needed, progress)
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    with FileLock(cache_dir / f".{fingerprint}.lock"):  # of a run's processes one tokenizes, the others wait for it
+        if not target.is_dir():
+            partial = Path(tempfile.mkdtemp(prefix=f".{fingerprint}.", dir=cache_dir))
             try:
+                with room_for(target):
+                    _tokenize(sources, tokenizer, partial, needed, progress)
                 partial.rename(target)
-            except OSError:
-                if not target.is_dir():  # else another process was faster
-                    raise
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
     meta = json.loads((target / "meta.json").read_text())
     tokens = np.memmap(target / "tokens.bin", dtype=meta["dtype"], mode="r", shape=(meta["tokens"],))
-    return TokenCache(tokens, fingerprint)
+    return TokenCache(tokens, fingerprint, meta["largest"])
 
 
-def check_vocabulary(tokens: Tensor | np.ndarray, vocabulary: int, directory: Path) -> None:
-    """InputError if a model of `vocabulary` tokens has no embedding for one of these, made by its own tokenizer."""
-    largest = int(tokens.max())
+def check_vocabulary(largest: int, vocabulary: int, directory: Path) -> None:
+    """InputError if a model of `vocabulary` tokens has no embedding for the largest that its own tokenizer made."""
     if largest >= vocabulary:
         raise InputError(
             f"the tokenizer of {directory} does not match its model: the text has token {largest}, and the model knows "
@@ -163,7 +162,7 @@ def _tokenize(
 ) -> None:
     """Write tokens.bin and meta.json into `directory`. InputError if there is no token."""
     dtype = np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32
-    total = 0
+    total, largest = 0, 0
     size = sum(_TOKEN_BYTES * (needed or 0) if source.streamed else source.size() for source in sources)
     with shown_progress("tokenizing", size, progress) as advance, (directory / "tokens.bin").open("wb") as out:
         for source in sources:
@@ -174,8 +173,10 @@ def _tokenize(
                 for ids, (_, ends, _) in zip(encoded, batch, strict=True):
                     if ends and ids:
                         ids.append(tokenizer.eos_token_id)
-                    out.write(np.asarray(ids, dtype=dtype).tobytes())
-                    found += len(ids)
+                    tokens = np.asarray(ids, dtype=dtype)
+                    out.write(tokens.tobytes())
+                    largest = max(largest, int(tokens.max(initial=0)))
+                    found += len(tokens)
                 if source.streamed:
                     advance(_TOKEN_BYTES * (found - before))
                     if needed is not None and found >= needed:
@@ -185,7 +186,9 @@ def _tokenize(
             total += found
     if total == 0:
         raise InputError("the training text is empty")
-    (directory / "meta.json").write_text(json.dumps({"dtype": np.dtype(dtype).name, "tokens": total}))
+    (directory / "meta.json").write_text(
+        json.dumps({"dtype": np.dtype(dtype).name, "tokens": total, "largest": largest})
+    )
 
 
 def _batches(pieces: Iterable[tuple[str, bool, int]]) -> Iterator[list[tuple[str, bool, int]]]:

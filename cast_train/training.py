@@ -91,7 +91,7 @@ def train(
     budget_tokens = config.total_steps * config.batch_tokens
     texts = with_samples(data, dense, tokenizer, budget_tokens, config.block_length, cache_dir)
     tokens = load_tokens(texts, tokenizer, cache_dir, needed=budget_tokens)
-    check_vocabulary(tokens.tokens, dense_config(dense).vocab_size, directory)
+    check_vocabulary(tokens.largest, dense_config(dense).vocab_size, directory)
     blocks = TokenBlocks(tokens, config.block_length, config.total_steps * config.blocks_per_step, config.seed)
     source_id = source_hash(directory)
     identity = {

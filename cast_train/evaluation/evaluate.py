@@ -70,7 +70,7 @@ def evaluate(
         result: dict[str, Any] = {}
         if texts is not None and context is not None:
             windows = heldout_windows(texts, tokenizer, context, tokens)
-            check_vocabulary(windows, model.config.vocab_size, directory)
+            check_vocabulary(int(windows.max()), model.config.vocab_size, directory)
             if teacher_model is not None:
                 others = heldout_windows(texts, teacher_model[1], context, tokens)
                 if model.config.vocab_size != teacher_model[0].config.vocab_size or not torch.equal(windows, others):

@@ -40,6 +40,6 @@ def prune_directory(
             texts = with_samples(data, dense, tokenizer, config.calibration_tokens, config.block_length)
             tokens = load_tokens(texts, tokenizer, needed=config.calibration_tokens)
             calibration = calibration_samples(tokens, config)
-            check_vocabulary(calibration, model.config.vocab_size, directory)
+            check_vocabulary(int(calibration.max()), model.config.vocab_size, directory)
         prune(model, method, calibration)
         save_model(model, tokenizer, directory, building)

@@ -1,7 +1,10 @@
 """Corpus files to token blocks."""
 
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow
@@ -72,7 +75,23 @@ def test_an_interrupted_tokenization_leaves_no_cache(tmp_path: Path) -> None:
     path.write_text('{"text": "good"}\n{"text": 3}\n')
     with pytest.raises(InputError, match="line 2"):
         load_tokens([str(path)], tokenizer(), tmp_path / "cache", progress=False)
-    assert list((tmp_path / "cache").iterdir()) == []
+    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".lock"]
+
+
+def test_of_processes_that_start_together_one_tokenizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    corpus, calls = write_text(tmp_path / "text.txt"), []
+    tokenize = cast_train.dataset._tokenize
+
+    def slowly(*arguments: Any) -> None:
+        calls.append(arguments)
+        time.sleep(0.3)
+        tokenize(*arguments)
+
+    monkeypatch.setattr(cast_train.dataset, "_tokenize", slowly)
+    with ThreadPoolExecutor(3) as pool:
+        caches = list(pool.map(lambda _: load_tokens([str(corpus)], tokenizer(), tmp_path / "cache"), range(3)))
+    assert len(calls) == 1
+    assert all(np.array_equal(cache.tokens, caches[0].tokens) for cache in caches)
 
 
 def test_blocks_cover_the_corpus_once_per_pass_in_an_order_of_the_seed(tmp_path: Path) -> None:

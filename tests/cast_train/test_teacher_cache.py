@@ -87,7 +87,7 @@ def test_top_k_keeps_the_most_likely_and_the_rest_of_the_mass() -> None:
 
 def blocks(count: int) -> TokenBlocks:
     tokens = np.random.default_rng(1).integers(3, VOCABULARY, 6 * 8 + 3).astype(np.uint16)
-    return TokenBlocks(TokenCache(tokens, "text"), 8, count, seed=3)
+    return TokenBlocks(TokenCache(tokens, "text", int(tokens.max())), 8, count, seed=3)
 
 
 def test_an_interrupted_filling_goes_on_and_later_passes_find_their_rows(
