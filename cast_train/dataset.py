@@ -129,7 +129,7 @@ def load_tokens(
     cache_dir = cache_dir or default_cache()
     target = cache_dir / fingerprint
     cache_dir.mkdir(parents=True, exist_ok=True)
-    with FileLock(cache_dir / f".{fingerprint}.lock"):  # of a run's processes one tokenizes, the others wait for it
+    with FileLock(cache_dir / f"{fingerprint}.lock"):  # of a run's processes one tokenizes, the others wait for it
         if not target.is_dir():
             partial = Path(tempfile.mkdtemp(prefix=f".{fingerprint}.", dir=cache_dir))
             try:
