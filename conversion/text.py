@@ -106,7 +106,10 @@ class _Parquet(_TextFile):
 
 
 class _HubDataset(Source):
-    """A split of a dataset on the hub, streamed: nobody wants a whole crawl on disk. Offline, what was downloaded."""
+    """A split of a dataset on the hub, streamed: nobody wants a whole crawl on disk. Offline, what was downloaded.
+
+    Files of a large one are often each of one origin, so those are read in random order, the same each time.
+    """
 
     streamed = True
 
@@ -133,6 +136,8 @@ class _HubDataset(Source):
                 f"'{entry}' is neither a file or directory here nor a dataset that the hub gives as NAME, NAME:CONFIG "
                 f"or NAME:CONFIG:SPLIT: {reason}"
             ) from None
+        if not offline and self._rows.num_shards > 1:
+            self._rows = self._rows.shuffle(seed=0)
         columns = list(self._rows.column_names or next(iter(self._rows), {}))
         if "text" not in columns:
             raise InputError(f'dataset {name} has no "text" column, only {", ".join(columns)}')

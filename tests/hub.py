@@ -67,15 +67,18 @@ class _Handler(BaseHTTPRequestHandler):
     do_HEAD = do_GET
 
     def _about(self, directory: Path, name: str, rest: list[str]) -> None:
-        files = sorted(path for path in directory.rglob("*") if path.is_file())
-        names = [str(path.relative_to(directory)) for path in files]
-        answer: object = {"id": name, "sha": COMMIT, "siblings": [{"rfilename": file} for file in names]}
-        if rest[:1] == ["tree"]:
-            sizes = [path.stat().st_size for path in files]
-            answer = [
-                {"type": "file", "path": file, "size": size, "oid": "0" * 40}
-                for file, size in zip(names, sizes, strict=True)
-            ]
+        def describe(path: Path) -> dict[str, object]:
+            at = {"path": str(path.relative_to(directory)), "oid": "0" * 40}
+            return {"type": "directory", **at} if path.is_dir() else {"type": "file", "size": path.stat().st_size, **at}
+
+        match rest:
+            case ["tree", _, *folder]:
+                inside = directory.joinpath(*folder)
+                found = inside.rglob("*") if "recursive=true" in self.path else inside.iterdir()
+                answer: object = [describe(path) for path in sorted(found)]
+            case _:
+                files = sorted(str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file())
+                answer = {"id": name, "sha": COMMIT, "siblings": [{"rfilename": file} for file in files]}
         self._send(200, json.dumps(answer).encode(), {"Content-Type": "application/json"})
 
     def _file(self, path: Path) -> None:

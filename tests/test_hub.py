@@ -33,14 +33,17 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
     (text / "letters" / "test.jsonl").write_text(row)
     (text / "README.md").write_text(
         "---\nconfigs:\n- config_name: letters\n  data_files:\n  - split: train\n    path: letters/train.jsonl\n"
-        "  - split: test\n    path: letters/test.jsonl\n- config_name: none\n  data_files: letters/none.jsonl\n---\n"
+        "  - split: test\n    path: letters/test.jsonl\n- config_name: files\n  data_files: files/*.jsonl\n---\n"
     )
+    (text / "files").mkdir()
+    for letter in "abcd":
+        (text / "files" / f"{letter}.jsonl").write_text(f'{{"text": "{letter}"}}\n' * 50)
     with serving(root) as found:
         yield found
 
 
-def cast(hub: Hub, directory: Path, *arguments: str, fails: bool = False) -> str:
-    """Run `cast` in `directory`; return what it printed, to stderr if it has to fail."""
+def run(hub: Hub, directory: Path, arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    """Run Python in `directory`, with the hub as the only one."""
     environment = os.environ | {
         "HF_ENDPOINT": hub.url,
         "HF_HOME": str(directory / "hf"),
@@ -49,8 +52,12 @@ def cast(hub: Hub, directory: Path, *arguments: str, fails: bool = False) -> str
         "XDG_CACHE_HOME": str(directory / "cache"),
         "NO_COLOR": "1",
     }
-    command = [sys.executable, "-m", "cast_serve.cli", *arguments]
-    done = subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True)
+    return subprocess.run([sys.executable, *arguments], cwd=directory, env=environment, capture_output=True, text=True)
+
+
+def cast(hub: Hub, directory: Path, *arguments: str, fails: bool = False) -> str:
+    """Run `cast` in `directory`; return what it printed, to stderr if it has to fail."""
+    done = run(hub, directory, ["-m", "cast_serve.cli", *arguments])
     assert done.returncode == (2 if fails else 0), done.stderr
     return done.stderr if fails else done.stdout
 
@@ -69,6 +76,14 @@ def test_a_model_and_text_of_the_hub_are_trained_on_and_no_more_is_read_than_nee
     assert list(models) == ["acme/dense", "trained"]
     assert models["acme/dense"]["kl"] == pytest.approx(0, abs=1e-6)
     assert models["trained"]["kl"] > 0
+
+
+def test_the_files_of_a_dataset_are_mixed_alike_each_time(hub: Hub, tmp_path: Path) -> None:
+    code = "from conversion.text import read_documents; print(''.join(read_documents(['acme/text:files'])))"
+    first, again = (run(hub, tmp_path, ["-c", code]).stdout.strip() for _ in range(2))
+    assert first == again
+    assert sorted(first) == sorted("abcd" * 50)
+    assert set(first[:50]) == set("abcd")
 
 
 def test_a_plan_needs_no_more_of_a_model_than_its_config(hub: Hub, tmp_path: Path) -> None:
