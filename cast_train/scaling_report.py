@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 
 from cast_train.scaling_law import Fit, Interval, RunRecord
 from conversion.atomic import new_directory
@@ -105,12 +106,13 @@ def plot_fit(fit: Fit, dense: dict[float, float], path: Path) -> None:
     by_size: dict[float, list[RunRecord]] = {}
     for record in fit.records:
         by_size.setdefault(record.parameters, []).append(record)
+    size = EngFormatter(sep="", places=1)
     most = max(record.tokens for record in fit.records)
     tokens = np.geomspace(min(record.tokens for record in fit.records) / 2, most * 10, 80)
     for index, (parameters, runs) in enumerate(by_size.items()):
         color = f"C{index}"
         curve = [fit.loss(parameters, float(count)) for count in tokens]
-        axis.plot(tokens, np.exp([point.value for point in curve]), color=color, label=f"{parameters:.3g} parameters")
+        axis.plot(tokens, np.exp([point.value for point in curve]), color=color, label=f"{size(parameters)} parameters")
         axis.fill_between(
             tokens, np.exp([p.low for p in curve]), np.exp([p.high for p in curve]), color=color, alpha=0.2, linewidth=0
         )
@@ -121,6 +123,9 @@ def plot_fit(fit: Fit, dense: dict[float, float], path: Path) -> None:
     axis.set_xlim(tokens[0], tokens[-1])
     axis.set_xscale("log")
     axis.set_yscale("log")
+    axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axis.yaxis.set_major_formatter("{x:.4g}")
+    axis.yaxis.set_minor_formatter("{x:.4g}")
     axis.set_xlabel("training tokens (shaded: beyond the runs)")
     axis.set_ylabel("held-out perplexity (dotted: dense)")
     axis.grid(alpha=0.25, which="both")
