@@ -19,6 +19,8 @@ from conversion.pack import save_packed
 from conversion.quantization.formats import Quantization
 
 _SOURCES = "sources.json"
+_VERSION = 2
+"""It goes up when other files are made of the same sources."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ def check_work(sources: Sources) -> None:
     if (violation := Checkpoint(sources.sparse).first_violation()) is not None:
         raise InputError(f"{sources.sparse} is not 2:4: {violation}")
     found = {
+        "version": _VERSION,
         "dense": source_fingerprint(sources.dense),
         "sparse": source_fingerprint(sources.sparse),
         "calibration": [str(path.resolve()) for path in sources.calibration],
