@@ -22,7 +22,7 @@ from conversion.progress import shown_progress
 from conversion.text import Source, open_sources
 
 _BATCH = 1 << 20  # characters handed to the tokenizer at once
-_TOKEN_BYTES = 4  # of text, about, to show progress by
+_TOKEN_CHARACTERS = 4  # about, to show progress by
 _CACHE_VERSION = 2
 
 
@@ -163,27 +163,22 @@ def _tokenize(
     """Write tokens.bin and meta.json into `directory`. InputError if there is no token."""
     dtype = np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32
     total, largest = 0, 0
-    size = sum(_TOKEN_BYTES * (needed or 0) if source.streamed else source.size() for source in sources)
+    size = sum(_TOKEN_CHARACTERS * (needed or 0) if source.streamed else source.size() for source in sources)
     with shown_progress("tokenizing", size, progress) as advance, (directory / "tokens.bin").open("wb") as out:
         for source in sources:
-            found = 0
+            start = total
             for batch in _batches(source.pieces()):
                 encoded = tokenizer([text for text, _, _ in batch], add_special_tokens=False)["input_ids"]
-                before = found
                 for ids, (_, ends, _) in zip(encoded, batch, strict=True):
                     if ends and ids:
                         ids.append(tokenizer.eos_token_id)
                     tokens = np.asarray(ids, dtype=dtype)
                     out.write(tokens.tobytes())
                     largest = max(largest, int(tokens.max(initial=0)))
-                    found += len(tokens)
-                if source.streamed:
-                    advance(_TOKEN_BYTES * (found - before))
-                    if needed is not None and found >= needed:
-                        break
-                else:
-                    advance(sum(amount for _, _, amount in batch))
-            total += found
+                    total += len(tokens)
+                advance(sum(amount for _, _, amount in batch))
+                if source.streamed and needed is not None and total - start >= needed:
+                    break
     if total == 0:
         raise InputError("the training text is empty")
     (directory / "meta.json").write_text(

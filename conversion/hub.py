@@ -1,6 +1,7 @@
 """The model that a command is given, as a local directory."""
 
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 from conversion.errors import InputError
@@ -19,21 +20,26 @@ def local_model(source: str | Path, wanted: Sequence[str] = WANTED) -> Path:
         return directory
     if directory.is_absolute() or str(source).startswith(".") or str(source).count("/") > 1:
         raise InputError(f"{source} does not exist: give a model directory or a hub id")
+    return _download(str(source), tuple(wanted))
+
+
+@cache  # the hub is asked once, and all of a run sees the same commit
+def _download(name: str, wanted: tuple[str, ...]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(str(source), allow_patterns=list(wanted), ignore_patterns=_UNWANTED))
+        return Path(snapshot_download(name, allow_patterns=list(wanted), ignore_patterns=_UNWANTED))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError):
         raise InputError(
-            f"'{source}' is no local directory and no model that the hub gives: check the name, the connection and, "
+            f"'{name}' is no local directory and no model that the hub gives: check the name, the connection and, "
             "where a model asks for consent, that you are logged in (hf auth login)"
         ) from None
 
 
-def model_name(directory: Path) -> str:
-    """What to call the model in `directory`: the directory's name, or the repository's in the hub's cache."""
-    directory = directory.resolve()
+def model_name(model: str | Path) -> str:
+    """What to call a model: its directory's name, or in the hub's cache the repository's."""
+    directory = Path(model).resolve()
     if directory.parent.name == "snapshots":
         return directory.parent.parent.name.rpartition("--")[2]
     return directory.name

@@ -36,11 +36,11 @@ class Source:
         raise NotImplementedError
 
     def size(self) -> int:
-        """Total of the amounts that `pieces` yields, for the progress bar; 0 of what is streamed."""
-        return 0
+        """Total of the amounts that `pieces` yields, for the progress bar; not of what is streamed."""
+        raise NotImplementedError
 
     def pieces(self) -> Iterator[tuple[str, bool, int]]:
-        """Yield (text, whether a document ends with it, its share of size())."""
+        """Yield (text, whether a document ends with it, its share of size(), or its characters where streamed)."""
         raise NotImplementedError
 
 
@@ -149,7 +149,7 @@ class _HubDataset(Source):
     def pieces(self) -> Iterator[tuple[str, bool, int]]:
         for row in self._rows:
             if row["text"] is not None:
-                yield row["text"], True, 0
+                yield row["text"], True, len(row["text"])
 
 
 def open_sources(entry: str) -> list[Source]:

@@ -37,7 +37,11 @@ def model_from_gguf(parts: Sequence[Path], out: Path) -> None:
     for part in parts:
         if not part.is_file():
             raise InputError(f"there is no file {part}")
-    with new_directory(out) as building, tempfile.TemporaryDirectory(dir=out.parent) as scratch:
+    with (
+        new_directory(out) as building,
+        tempfile.TemporaryDirectory(dir=out.parent) as scratch,
+        without_transformers_bars(),
+    ):
         whole = Path(scratch) / "model.gguf"
         with whole.open("wb") as file:
             for part in parts:
@@ -46,13 +50,11 @@ def model_from_gguf(parts: Sequence[Path], out: Path) -> None:
         with whole.open("rb") as file:
             if file.read(4) != b"GGUF":
                 raise InputError(f"{parts[0]} does not begin a GGUF file: give all parts, in order")
-        with without_transformers_bars():
-            model = AutoModelForCausalLM.from_pretrained(scratch, gguf_file=whole.name, dtype=torch.float32)
-            tokenizer = AutoTokenizer.from_pretrained(scratch, gguf_file=whole.name)
+        model = AutoModelForCausalLM.from_pretrained(scratch, gguf_file=whole.name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(scratch, gguf_file=whole.name)
         # The weights are plain float32 now: keep the GGUF quantization out of the saved config.
         model.hf_quantizer = None  # type: ignore[assignment]
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
-        with without_transformers_bars():
-            model.save_pretrained(building)
+        model.save_pretrained(building)
         tokenizer.save_pretrained(building)

@@ -75,7 +75,7 @@ def evaluate(
                 others = heldout_windows(texts, teacher_model[1], context, tokens)
                 if model.config.vocab_size != teacher_model[0].config.vocab_size or not torch.equal(windows, others):
                     raise InputError(f"{teacher} has other tokens than {directory}: give the dense model it came from")
-            score = score_windows(model, windows, teacher_model and teacher_model[0], _short(directory))
+            score = score_windows(model, windows, teacher_model and teacher_model[0], model_name(directory))
             result |= {name: value for name, value in asdict(score).items() if value is not None}
         if tasks is not None:
             result["zero_shot"] = zero_shot(model, tokenizer, tasks)
@@ -105,16 +105,12 @@ def print_results(results: dict[str, Any]) -> None:
             table.add_row(directory, f"{score['perplexity']:.2f}", *agreement)
         Console().print(table)
     if "zero_shot" in first:
-        table = Table("task", "items", *map(_short, scores), title="zero-shot accuracy")
+        table = Table("task", "items", *map(model_name, scores), title="zero-shot accuracy")
         for task, found in first["zero_shot"]["tasks"].items():
             accuracies = (score["zero_shot"]["tasks"][task]["acc"] for score in scores.values())
             table.add_row(task, str(found["items"]), *(f"{accuracy:.2%}" for accuracy in accuracies))
         table.add_row("mean", "", *(f"{score['zero_shot']['mean']:.2%}" for score in scores.values()))
         Console().print(table)
-
-
-def _short(model: str | Path) -> str:
-    return model_name(Path(model))
 
 
 def write_results(results: dict[str, Any], path: Path) -> None:

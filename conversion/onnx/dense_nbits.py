@@ -87,9 +87,8 @@ def _panels(
     if calibrated is None:
         stored, scale = quantize_dense(torch.from_numpy(weight.numpy()).T.contiguous(), quantization)
     else:
-        by_layer = {name.removesuffix(".weight"): found for name, found in calibrated.items()}
-        layers = stacked_layers(weight, model_type, by_layer)
-        codes, scale = (torch.cat([by_layer[layer][i] for layer in layers]) for i in range(2))
+        layers = stacked_layers(weight, model_type, calibrated)
+        codes, scale = (torch.cat([calibrated[layer][i] for layer in layers]) for i in range(2))
         stored = encode(codes, quantization.values)
         check_stacked(weight, layers, dequantize(stored, None, scale, quantization))
     return ir.tensor(to_quantized_panels(stored, None, scale, quantization).numpy())

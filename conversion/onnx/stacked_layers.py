@@ -38,7 +38,10 @@ _STACKED: dict[str, dict[str, tuple[str, ...]]] = {
 
 
 def stacked_layers(weight: ir.TensorProtocol, model_type: str, layers: Iterable[str]) -> list[str]:
-    """Return those of a checkpoint's `layers` whose rows the graph has as one `weight` [K, N], in its order."""
+    """Return those of a checkpoint's `layers` whose rows the graph has as one `weight` [K, N], in its order.
+
+    `layers` are names of layers or of their weight tensors.
+    """
     block, role = _place(str(weight.name).removesuffix(".MatMul.weight"))
     by_place = {_place(layer): layer for layer in layers}
     return [by_place[block, part] for part in _STACKED[model_type][role]]
@@ -55,7 +58,7 @@ def check_stacked(weight: ir.TensorProtocol, layers: list[str], dequantized: Ten
 
 
 def _place(layer: str) -> tuple[int, str]:
-    """'model.layers.3.self_attn.q_proj' -> (3, 'self_attn.q_proj'), for every family's prefix."""
-    match = re.fullmatch(r"(?:\w+\.)*?(?:layers|h)\.(\d+)\.(.+)", layer)
+    """'model.layers.3.self_attn.q_proj', with or without '.weight' -> (3, 'self_attn.q_proj'), for every prefix."""
+    match = re.fullmatch(r"(?:\w+\.)*?(?:layers|h)\.(\d+)\.(.+?)(?:\.weight)?", layer)
     assert match is not None
     return int(match[1]), match[2]
