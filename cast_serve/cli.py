@@ -12,6 +12,7 @@ COMMANDS = "cast.commands"
 # What serve does not know goes on to the engine.
 PASSING = {"serve": {"allow_extra_args": True, "ignore_unknown_options": True}}
 EXTRAS = {
+    "permute": "train",
     "train": "train",
     "convert": "convert",
     "serve": "serve",

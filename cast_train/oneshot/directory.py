@@ -6,12 +6,10 @@ from pathlib import Path
 import torch
 
 from cast_train.config import TrainConfig
-from cast_train.dataset import check_vocabulary, load_tokens
 from cast_train.methods import CALIBRATED, ONE_SHOT, TRAINED
-from cast_train.oneshot.calibration import calibration_samples
+from cast_train.oneshot.calibration import read_calibration
 from cast_train.oneshot.prune import prune
 from cast_train.saving import save_model
-from cast_train.self_data import with_samples
 from conversion.atomic import new_directory
 from conversion.checkpoint import Checkpoint
 from conversion.dense_model import context_length, dense_model
@@ -37,9 +35,6 @@ def prune_directory(
         tokenizer = load_tokenizer(directory)
         calibration = None
         if method in CALIBRATED:
-            texts = with_samples(data, dense, tokenizer, config.calibration_tokens, config.block_length)
-            tokens = load_tokens(texts, tokenizer, needed=config.calibration_tokens)
-            calibration = calibration_samples(tokens, config)
-            check_vocabulary(int(calibration.max()), model.config.vocab_size, directory)
+            calibration = read_calibration(data, dense, tokenizer, config)
         prune(model, method, calibration)
         save_model(model, tokenizer, directory, building)
