@@ -37,6 +37,10 @@ class Outputs:
     root: Path
 
     @property
+    def permuted(self) -> Path:
+        return self.root / "permuted"
+
+    @property
     def cast(self) -> Path:
         return self.root / "cast"
 
@@ -69,16 +73,26 @@ class Outputs:
 
 
 def stages(source: Path, data: Path, heldout: Path, preset: Preset, out: Path) -> list[Stage]:
-    """Train, convert, evaluate next to the one-shot baselines, measure."""
+    """Permute, train, evaluate next to one-shot baselines as they are usually made, convert, measure."""
     to = Outputs(out)
     baselines = {method: to.oneshot(method) for method in ("magnitude", "sparsegpt")}
     compared = [source, *baselines.values(), to.cast]
     return [
         Stage(
-            "train",
-            # --resume also begins a run; with it, one that was interrupted goes on
-            ("train", f"{source}", "--data", f"{data}", "--preset", preset.value, "--out", f"{to.cast}", "--resume"),
+            "permute",
+            ("permute", f"{source}", "--data", f"{data}", "--out", f"{to.permuted}"),
             inputs=(source, data),
+            outputs=(to.permuted,),
+            minutes=2,
+        ),
+        Stage(
+            "train",
+            (
+                # --resume also begins a run; with it, one that was interrupted goes on
+                *("train", f"{to.permuted}", "--resume"),
+                *("--data", f"{data}", "--preset", preset.value, "--out", f"{to.cast}"),
+            ),
+            inputs=(to.permuted, data),
             outputs=(to.cast,),
             minutes=13 if preset is Preset.quick else None,
         ),

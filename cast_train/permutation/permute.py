@@ -11,7 +11,6 @@ from cast_train.permutation.channels import Channels, channels_of
 from cast_train.permutation.search import cut_part, search_order
 from cast_train.sparse_model import is_transposed, scope
 from conversion.block_walk import input_grams
-from conversion.errors import InputError
 from conversion.progress import track
 
 _ROWS = 1 << 15  # of all readers together; more do not change the order found
@@ -34,20 +33,20 @@ def permute(model: PreTrainedModel, calibration: Tensor) -> list[Gain]:
         model: its logits stay the same, but for the order of sums.
         calibration: int64 token ids [samples, length].
 
+    Returns:
+        What was gained, for each kind of channels. Sets that no 2:4 linear reads stay as they are.
+
     Raises:
-        InputError: the model's family is not supported, or nothing in it can be 2:4.
+        InputError: the model's family is not supported.
     """
     linears: set[nn.Module] = {module for _, module in scope(model)}
-    sets = list(channels_of(model))
-    if not sets:
-        raise InputError("the model has no linear layer whose input size is a multiple of 8, so nothing can be 2:4")
     power = {
         linear: gram.diagonal().clone()
         for grams in input_grams(model, linears, calibration, "reading calibration text")
         for linear, gram in grams.items()
     }
     parts: dict[str, list[tuple[float, float]]] = {}
-    for channels in track(sets, "ordering channels"):
+    for channels in track(list(channels_of(model)), "ordering channels"):
         saliency = torch.cat(list(_saliency(channels, power)))
         order = search_order(saliency)
         channels.reorder(order)

@@ -7,7 +7,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-SWEEPS = 40
+SWEEPS = 20
 _GROUPS = 256  # that exchange channels in one assignment; more gain little and cost their square
 _COMPARISONS = 1 << 21  # at once: as many as stay in a cache
 
