@@ -13,6 +13,7 @@ from cast_train.saving import save_model
 from conversion.atomic import new_directory
 from conversion.checkpoint import Checkpoint
 from conversion.dense_model import context_length, dense_model
+from conversion.errors import InputError
 from conversion.hub import local_model
 from conversion.tokenizer import load_tokenizer
 
@@ -27,6 +28,8 @@ def permute_directory(
     directory = local_model(source)
     with new_directory(out, overwrite, directory) as building:
         dense = Checkpoint(directory)
+        if dense.first_violation() is None:
+            raise InputError(f"{directory} is 2:4 already, which another order would undo: give the dense model")
         tokenizer = load_tokenizer(directory)
         model = dense_model(dense, torch.float32)
         calibration = read_calibration(data, dense, tokenizer, config.within_context(context_length(dense)))

@@ -11,6 +11,7 @@ from cast_train.permutation.channels import Channels, channels_of
 from cast_train.permutation.search import cut_part, search_order
 from cast_train.sparse_model import is_transposed, scope
 from conversion.block_walk import input_grams
+from conversion.errors import InputError
 from conversion.progress import track
 
 _ROWS = 1 << 15  # of all readers together; more do not change the order found
@@ -37,7 +38,7 @@ def permute(model: PreTrainedModel, calibration: Tensor) -> list[Gain]:
         What was gained, for each kind of channels. Sets that no 2:4 linear reads stay as they are.
 
     Raises:
-        InputError: the model's family is not supported.
+        InputError: the model's family is not supported, or it computes what is not finite.
     """
     linears: set[nn.Module] = {module for _, module in scope(model)}
     power = {
@@ -62,4 +63,7 @@ def _saliency(channels: Channels, power: dict[nn.Module, Tensor]) -> Iterator[Te
         if len(weight) > rows:
             weight = weight[torch.randperm(len(weight), generator=torch.Generator().manual_seed(0))[:rows]]
         saliency = weight.square() * power[reader.linear]
-        yield saliency.narrow(1, reader.start, channels.size) / saliency.sum()
+        total = saliency.sum()
+        if not total.isfinite():
+            raise InputError("the model's weights or activations are not finite: take it from where it came from again")
+        yield saliency.narrow(1, reader.start, channels.size) / (total if total else 1)

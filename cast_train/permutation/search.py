@@ -14,8 +14,9 @@ _COMPARISONS = 1 << 21  # at once: as many as stay in a cache
 
 def cut_part(saliency: Tensor) -> float:
     """Return the part of `saliency` [R, K] that is cut when each row keeps the two largest of every four columns."""
-    kept = saliency.unflatten(1, (-1, 4)).topk(2).values.sum(dtype=torch.float64)
-    return 1 - float(kept / saliency.sum(dtype=torch.float64))
+    total = float(saliency.sum(dtype=torch.float64))
+    kept = float(saliency.unflatten(1, (-1, 4)).topk(2).values.sum(dtype=torch.float64))
+    return 1 - kept / total if total else 0.0
 
 
 def search_order(saliency: Tensor, sweeps: int = SWEEPS, seed: int = 0) -> Tensor:

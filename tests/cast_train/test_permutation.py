@@ -15,8 +15,9 @@ from cast_train.permutation.channels import MLP, RESIDUAL, VALUES, channels_of
 from cast_train.permutation.search import cut_part, search_order
 from conversion.checkpoint import Checkpoint
 from conversion.dense_model import dense_model
+from conversion.errors import InputError
 from tests.cast_train.tiny import FAMILIES, save_model, write_text
-from tests.conversion.models import CONFIGS
+from tests.conversion.models import CONFIGS, make_model
 
 OPT = CONFIGS["opt"].to_diff_dict()
 VARIANTS: dict[str, PretrainedConfig] = {
@@ -140,3 +141,24 @@ def test_the_command_writes_a_directory_like_the_one_it_reads(tmp_path: Path) ->
         assert torch.equal(new.tensor(name).flatten().sort().values, old.tensor(name).flatten().sort().values)
     again = CliRunner().invoke(build_app(), arguments)
     assert "already exists" in str(again.exception)
+
+
+def test_what_cannot_be_permuted_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    sparse = save_model(tmp_path / "sparse")
+    make_model(CONFIGS["llama"], sparse=True).save_pretrained(sparse)
+    text, out = str(write_text(tmp_path / "text.txt")), tmp_path / "out"
+    refused = CliRunner().invoke(build_app(), ["permute", str(sparse), "--data", text, "--out", str(out)])
+    assert "is 2:4 already" in str(refused.exception)
+    assert not out.exists()
+    model = model_of(CONFIGS["llama"])
+    model.model.layers[1].mlp.down_proj.weight.data[3, 5] = float("nan")
+    with pytest.raises(InputError, match="not finite"):
+        permute(model, torch.randint(0, 97, (4, 16)))
+
+
+def test_a_linear_that_never_fires_has_no_better_order() -> None:
+    model = model_of(CONFIGS["llama"])
+    model.model.layers[0].self_attn.v_proj.weight.data.zero_()
+    expected = logits(model)
+    permute(model, torch.randint(0, 97, (4, 16)))
+    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
