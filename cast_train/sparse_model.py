@@ -30,6 +30,13 @@ def is_transposed(module: nn.Module) -> bool:
     return module.transposed if isinstance(module, ScaledLinear) else isinstance(module, Conv1D)
 
 
+def linear_weight(module: nn.Module) -> torch.Tensor:
+    """Return a layer's weight as [out, in], a view, whatever it stores."""
+    weight = module.weight
+    assert isinstance(weight, torch.Tensor)
+    return weight.T if is_transposed(module) else weight
+
+
 def sparsify(model: PreTrainedModel, config: TrainConfig) -> PreTrainedModel:
     """Prepare a dense float32 model for the config's method, in place: for CAST weight scaling is attached.
 

@@ -6,7 +6,7 @@ from transformers import PreTrainedModel
 
 from cast_train.methods import CALIBRATED, ONE_SHOT
 from cast_train.methods.magnitude import magnitude
-from cast_train.sparse_model import is_transposed, scope
+from cast_train.sparse_model import linear_weight, scope
 from conversion.block_walk import input_grams
 from conversion.errors import InputError
 
@@ -29,22 +29,15 @@ def prune(model: PreTrainedModel, method: str, calibration: torch.Tensor | None 
     linears: set[nn.Module] = {module for _, module in scope(model)}
     if method == "magnitude":
         for linear in linears:
-            _write(linear, magnitude(_read(linear), shrink))
+            _write(linear, magnitude(linear_weight(linear), shrink))
         return
     if calibration is None:
         raise InputError(f"{method} needs calibration text: give training data")
 
     for grams in input_grams(model, linears, calibration, f"{method}: pruning blocks"):
         for linear, gram in grams.items():
-            _write(linear, CALIBRATED[method](_read(linear), gram, shrink))
-
-
-def _read(linear: nn.Module) -> torch.Tensor:
-    """The weight as [out, in] whatever the module stores."""
-    weight = linear.weight
-    assert isinstance(weight, torch.Tensor)
-    return weight.T if is_transposed(linear) else weight
+            _write(linear, CALIBRATED[method](linear_weight(linear), gram, shrink))
 
 
 def _write(linear: nn.Module, weight: torch.Tensor) -> None:
-    _read(linear).copy_(weight)
+    linear_weight(linear).copy_(weight)

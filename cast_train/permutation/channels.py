@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from cast_train.sparse_model import is_transposed, scope
+from cast_train.sparse_model import linear_weight, scope
 from conversion.block_walk import transformer_blocks
 
 MLP, VALUES, RESIDUAL = "MLP", "values", "residual stream"
@@ -58,13 +58,13 @@ class Channels:
     def reorder(self, order: Tensor) -> None:
         """Put channel order[i] in place i, everywhere."""
         for reader in self.readers:
-            Axis(reader.linear.weight, _input_axis(reader.linear), reader.start, self.size).reorder(order)
+            Axis(linear_weight(reader.linear), 1, reader.start, self.size).reorder(order)
         for axis in self.others:
             axis.reorder(order)
 
     def add_outputs(self, linear: nn.Linear | Conv1D, start: int = 0) -> None:
         """Note that outputs `start` on of a linear are these channels."""
-        self.others.append(Axis(linear.weight, 1 - _input_axis(linear), start, self.size))
+        self.others.append(Axis(linear_weight(linear), 0, start, self.size))
         if linear.bias is not None:
             self.others.append(Axis(linear.bias, 0, start, self.size))
 
@@ -84,11 +84,11 @@ def channels_of(model: PreTrainedModel) -> Iterator[Channels]:
     for block in blocks:
         parts = parts_of(block)
         if parts.mlp_out in prunable:
-            mlp = Channels(MLP, _inputs(parts.mlp_out), [Reader(parts.mlp_out)])
+            mlp = Channels(MLP, linear_weight(parts.mlp_out).shape[1], [Reader(parts.mlp_out)])
             for linear in parts.mlp_in:
                 mlp.add_outputs(linear)
             yield mlp
-        size = _inputs(parts.attention_out) // heads
+        size = linear_weight(parts.attention_out).shape[1] // heads
         if parts.attention_out in prunable and size % 4 == 0:
             sharing = heads // value_heads
             for head in range(value_heads):
@@ -118,14 +118,6 @@ def _outside(model: PreTrainedModel, blocks: list[nn.Module], hidden: int) -> It
             if id(p) not in seen and p.shape[dim] == hidden:
                 yield Axis(p, dim, 0, hidden)
             seen.add(id(p))  # lm_head may be the embedding
-
-
-def _inputs(linear: nn.Linear | Conv1D) -> int:
-    return linear.weight.shape[_input_axis(linear)]
-
-
-def _input_axis(linear: nn.Linear | Conv1D) -> int:
-    return 0 if is_transposed(linear) else 1
 
 
 @dataclass(frozen=True)

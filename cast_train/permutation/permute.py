@@ -9,8 +9,8 @@ from transformers import PreTrainedModel
 
 from cast_train.permutation.channels import Channels, channels_of
 from cast_train.permutation.search import cut_part, search_order
-from cast_train.sparse_model import is_transposed, scope
-from conversion.block_walk import input_grams
+from cast_train.sparse_model import linear_weight, scope
+from conversion.block_walk import input_sums
 from conversion.errors import InputError
 from conversion.progress import track
 
@@ -41,11 +41,9 @@ def permute(model: PreTrainedModel, calibration: Tensor) -> list[Gain]:
         InputError: the model's family is not supported, or it computes what is not finite.
     """
     linears: set[nn.Module] = {module for _, module in scope(model)}
-    power = {
-        linear: gram.diagonal().clone()
-        for grams in input_grams(model, linears, calibration, "reading calibration text")
-        for linear, gram in grams.items()
-    }
+    power: dict[nn.Module, Tensor] = {}
+    for sums in input_sums(model, linears, calibration, "reading calibration text", lambda x: x.square().sum(0)):
+        power |= sums
     parts: dict[str, list[tuple[float, float]]] = {}
     for channels in track(list(channels_of(model)), "ordering channels"):
         saliency = torch.cat(list(_saliency(channels, power)))
@@ -59,7 +57,7 @@ def _saliency(channels: Channels, power: dict[nn.Module, Tensor]) -> Iterator[Te
     """Yield w^2 ||x||^2 [rows, channels] of each reader, as a part of all that its linear puts out."""
     rows = -(-_ROWS // len(channels.readers))
     for reader in channels.readers:
-        weight = reader.linear.weight.T if is_transposed(reader.linear) else reader.linear.weight
+        weight = linear_weight(reader.linear)
         if len(weight) > rows:
             weight = weight[torch.randperm(len(weight), generator=torch.Generator().manual_seed(0))[:rows]]
         saliency = weight.square() * power[reader.linear]
