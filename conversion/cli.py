@@ -66,7 +66,9 @@ def convert(
     float_activations: Annotated[
         bool,
         typer.Option(
-            "--float-activations", help="Multiply quantized values by activations not rounded to 8 bits (onnx only)."
+            "--float-activations",
+            help="Leave activations in float32: what quantized values multiply, not rounded to 8 bits, and cached keys "
+            "and values, not to bfloat16 (onnx only).",
         ),
     ] = False,
     verify: Annotated[

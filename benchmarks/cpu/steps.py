@@ -26,10 +26,7 @@ class Steps:
         self.session = load_session(onnx_dir, threads, profile)
         blocks = blocks_for(tokens)
         self._table = np.arange(sequences * blocks, dtype=np.int32).reshape(sequences, blocks)
-        memory = CacheMemory(manifest.num_layers, sequences * blocks, manifest.kv_num_heads, manifest.head_dim)
-        names = [f"{which}_cache.{layer}" for layer in range(manifest.num_layers) for which in ("key", "value")]
-        value = onnxruntime.OrtValue.ortvalue_from_numpy
-        self._caches = {name: value(array) for name, array in zip(names, memory.arrays, strict=True)}
+        self._caches = CacheMemory(manifest, sequences * blocks).inputs
         self._has_positions = "position_ids" in manifest.inputs
 
     def run(self, tokens: np.ndarray, past: int) -> np.ndarray:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from conversion.errors import InputError
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,7 @@ class Manifest:
     num_layers: int
     kv_num_heads: int
     head_dim: int
+    cache_dtype: str
     context_length: int
     vocab_size: int
     inputs: list[str]

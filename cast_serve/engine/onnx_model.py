@@ -121,12 +121,10 @@ class OnnxModel:
         if sorted(names) != sorted(manifest.inputs):
             raise InputError(f"{onnx_dir}: model.onnx and cast_onnx.json name different inputs: export the model again")
         self._has_positions = "position_ids" in names
-        self._caches = CacheMemory(manifest.num_layers, self.blocks, manifest.kv_num_heads, manifest.head_dim)
-        caches = self._caches.arrays
+        self._caches = CacheMemory(manifest, self.blocks)
         self._binding = self._session.io_binding()
-        for layer in range(manifest.num_layers):
-            for name, cache in zip(("key_cache", "value_cache"), caches[2 * layer : 2 * layer + 2], strict=True):
-                self._binding.bind_ortvalue_input(f"{name}.{layer}", ort.OrtValue.ortvalue_from_numpy(cache))
+        for name, cache in self._caches.inputs.items():
+            self._binding.bind_ortvalue_input(name, cache)
 
     def _warm_up(self, onnx_dir: Path) -> None:
         """Run one token (into block 0, which nobody holds yet): every page of the weights is then in memory."""

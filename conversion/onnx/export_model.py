@@ -38,11 +38,12 @@ from conversion.tokenizer import load_tokenizer
 
 MODEL = "model.onnx"
 MANIFEST = "cast_onnx.json"
-MANIFEST_VERSION = 1
+MANIFEST_VERSION = 2
 PAGE = 4096  # large initializers start on a page, so that ONNX Runtime maps them from the file
 
 _VALUE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _QUANTIZED = ("int8", "int4")
+_CACHES = {"float32": ir.DataType.FLOAT, "bfloat16": ir.DataType.BFLOAT16}
 
 
 def export(
@@ -67,7 +68,9 @@ def export(
         value_dtype: "float32" or "bfloat16" for the kept values of a 2:4 model; None keeps bfloat16 as it is and takes
             float32 for the rest. Must be None or "float32" for a dense model. Quantized values stay so, unless it is
             named: then they are dequantized.
-        float_activations: multiply quantized weights by activations as they are, not rounded to 8 bits.
+        float_activations: leave activations as they are: quantized weights multiply them without rounding to 8 bits,
+            and the cache holds keys and values in float32. It does so for float32 weights anyway, and in bfloat16 for
+            others.
         embedding: quantize embedding and lm_head so, rounding to nearest; None keeps them as stored. Not for a
             dense model in float32.
         dense: quantize the linears of a dense model so; None keeps them float32.
@@ -97,7 +100,8 @@ def export(
             model = model.float()
             calibrated = calibrated_codes(model, source, dense.weights, dense.calibration, sparse=False)
         graph = stock_graph(model)
-        use_paged_attention(graph, model.config)
+        cache_dtype = "float32" if dtype == "float32" or float_activations else "bfloat16"
+        use_paged_attention(graph, model.config, _CACHES[cache_dtype])
         select_logits_rows(graph)
         if dense is not None:
             use_dense_nbits(graph, dense, source.config["model_type"], calibrated)
@@ -116,7 +120,7 @@ def export(
         RemoveUnusedNodesPass()(graph)
         save_graph(graph, building, show_progress)
         copy_companions(source.directory, building)
-        manifest = _manifest(source, model, graph, dtype)
+        manifest = _manifest(source, model, graph, dtype, cache_dtype)
         (building / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
 
 
@@ -212,6 +216,7 @@ def _manifest(
     model: PreTrainedModel,
     graph: ir.Model,
     dtype: str,
+    cache_dtype: str,
 ) -> dict[str, Any]:
     config = model.config
     nbytes = {tensor.name: tensor.nbytes for tensor in _weights(graph)}
@@ -228,6 +233,7 @@ def _manifest(
         "num_layers": config.num_hidden_layers,
         "kv_num_heads": getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
         "head_dim": head_dim(config),
+        "cache_dtype": cache_dtype,
         "context_length": config.max_position_embeddings,
         "vocab_size": config.vocab_size,
         "eos_token_ids": token_ids("eos_token_id"),

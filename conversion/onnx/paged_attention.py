@@ -6,31 +6,32 @@ from transformers import PretrainedConfig
 DOMAIN = "cast24"
 
 
-def use_paged_attention(model: ir.Model, config: PretrainedConfig) -> None:
+def use_paged_attention(model: ir.Model, config: PretrainedConfig, cache: ir.DataType) -> None:
     """Replace every attention node and the graph's inputs and outputs, in place; the mask subgraph is left unused.
 
     Inputs become input_ids int64 [1, T] (all sequences' new tokens, one after the other), position_ids int64 [1, T]
     where the graph has learned positions, block_table int32 [B, max_blocks], past_lens int32 [B], cu_seqlens int32
-    [B + 1], and key_cache.i and value_cache.i float32 [num_blocks, block_size, kv_heads, head_dim], which the operator
-    writes in place. The only output is logits.
+    [B + 1], and key_cache.i and value_cache.i [num_blocks, block_size, kv_heads, head_dim] of dtype `cache`, float32 or
+    bfloat16, which the operator writes in place. The only output is logits.
     """
     graph = model.graph
     model.opset_imports[DOMAIN] = 1
     tokens = [_retype(value, [1, "T"]) for value in graph.inputs if value.name in ("input_ids", "position_ids")]
-    block_table = _int32("block_table", ["B", "max_blocks"])
-    past_lens = _int32("past_lens", ["B"])
-    cu_seqlens = _int32("cu_seqlens", ["B + 1"])
+    block_table = _input("block_table", ir.DataType.INT32, ["B", "max_blocks"])
+    past_lens = _input("past_lens", ir.DataType.INT32, ["B"])
+    cu_seqlens = _input("cu_seqlens", ir.DataType.INT32, ["B + 1"])
     graph.outputs[:] = [value for value in graph.outputs if value.name == "logits"]
     caches = []
     for layer, node in enumerate([node for node in graph if node.op_type == "GroupQueryAttention"]):
         attributes = {key: node.attributes[key].value for key in _KEPT_ATTRIBUTES}
-        cache = [_cache(f"{which}_cache.{layer}", attributes["kv_num_heads"], config) for which in ("key", "value")]
-        caches += cache
+        shape = ["num_blocks", "block_size", attributes["kv_num_heads"], head_dim(config)]
+        both = [_input(f"{which}_cache.{layer}", cache, shape) for which in ("key", "value")]
+        caches += both
         query, key, value = (_present(node.inputs[i]) for i in range(3))
         cos, sin = (_present(node.inputs[i]) for i in (7, 8))
         paged = ir.node(
             "PagedAttention",
-            [query, key, value, *cache, block_table, past_lens, cu_seqlens, cos, sin],
+            [query, key, value, *both, block_table, past_lens, cu_seqlens, cos, sin],
             attributes | {"local_window_size": attention_window(config, layer)},
             domain=DOMAIN,
             name=str(node.name).replace("GroupQueryAttention", "PagedAttention"),
@@ -62,13 +63,8 @@ def _retype(value: ir.Value, shape: list[int | str]) -> ir.Value:
     return value
 
 
-def _int32(name: str, shape: list[int | str]) -> ir.Value:
-    return ir.Value(name=name, type=ir.TensorType(ir.DataType.INT32), shape=ir.Shape(shape))
-
-
-def _cache(name: str, kv_heads: int, config: PretrainedConfig) -> ir.Value:
-    shape = ir.Shape(["num_blocks", "block_size", kv_heads, head_dim(config)])
-    return ir.Value(name=name, type=ir.TensorType(ir.DataType.FLOAT), shape=shape)
+def _input(name: str, dtype: ir.DataType, shape: list[int | str]) -> ir.Value:
+    return ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
 
 
 def head_dim(config: PretrainedConfig) -> int:

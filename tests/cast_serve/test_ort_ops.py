@@ -8,6 +8,7 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 import torch
+from ml_dtypes import bfloat16
 from onnx import TensorProto, helper
 
 from cast_serve import kernels
@@ -19,6 +20,8 @@ ELEMENT_TYPES = {
     "uint8": TensorProto.UINT8,
     "int64": TensorProto.INT64,
     "float32": TensorProto.FLOAT,
+    "float64": TensorProto.DOUBLE,
+    "bfloat16": TensorProto.BFLOAT16,
     "int32": TensorProto.INT32,
     "uint32": TensorProto.UINT32,
 }
@@ -244,6 +247,12 @@ def test_executed_counts_live_nodes_that_ran() -> None:
     assert executed("DenseLinear") == (before, bytes_before)
 
 
+def ort_value(array: np.ndarray) -> ort.OrtValue:
+    """On the array's own memory."""
+    stored = array.view(np.uint16) if array.dtype == bfloat16 else array
+    return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(stored, ELEMENT_TYPES[array.dtype.name])
+
+
 @dataclass
 class Attention:
     """One PagedAttention node with its caches, fed ragged chunks, and a naive float64 twin fed the same."""
@@ -259,6 +268,7 @@ class Attention:
     interleaved: bool = False
     packed: bool = True
     positions: int = 2048
+    cache: type = np.float32
     past: dict[int, int] = field(default_factory=dict)
     tables: dict[int, list[int]] = field(default_factory=dict)
 
@@ -266,7 +276,7 @@ class Attention:
         rng = np.random.default_rng(7)
         shape = (self.blocks, self.block_size, self.kv_heads, self.head_dim)
         # What was in the cache before must not matter, NaN included.
-        self.key_cache, self.value_cache = np.full(shape, np.nan, np.float32), np.full(shape, np.nan, np.float32)
+        self.key_cache, self.value_cache = np.full((2, *shape), np.nan).astype(self.cache)
         self.free = list(rng.permutation(self.blocks))
         angles = np.arange(self.positions)[:, None] / 100 ** (np.arange(self.rotary_dim // 2) / 8)[None]
         self.cos, self.sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
@@ -295,7 +305,8 @@ class Attention:
         if self.session is None:
             absent: dict[str, None] = {"": None, " ": None} if self.packed else {}
             self.session = self._session({**feeds, **absent, **rest})
-        out = self.session.run(None, feeds | rest)[0][0]
+        given = {name: ort_value(array) for name, array in (feeds | rest).items()}
+        out = self.session.run_with_ort_values(None, given)[0].numpy()[0]
         starts = rest["cu_seqlens"]
         rows = {b: out[starts[i] : starts[i + 1]].reshape(-1, self.heads, self.head_dim) for i, b in enumerate(chunks)}
         for b, (q, _, _) in chunks.items():
@@ -332,9 +343,10 @@ class Attention:
         return x
 
     def naive(self, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
-        """Attention of a whole sequence [n, heads, D] from position 0, in float64."""
+        """Attention of a whole sequence [n, heads, D] from position 0, in float64, over what the cache holds of it."""
         if self.rotary_dim:
             q, k = self._rotate(q), self._rotate(k)
+        k, v = k.astype(self.cache), v.astype(self.cache)
         group = self.heads // self.kv_heads
         keys, values = (np.repeat(x.astype(np.float64), group, axis=1) for x in (k, v))
         scores = np.einsum("qhd,khd->hqk", q.astype(np.float64), keys) * 0.3
@@ -361,7 +373,22 @@ SHAPES = {
     "window": {"window": 9},
     "window longer than a block": {"window": 40, "packed": False},
     "softcap": {"softcap": 5.0},
+    "bf16 cache": {"cache": bfloat16},
+    "bf16 cache, no rotary": {"cache": bfloat16, "rotary_dim": 0},
+    "bf16 cache, odd head_dim": {
+        "cache": bfloat16,
+        "heads": 5,
+        "kv_heads": 1,
+        "head_dim": 21,
+        "rotary_dim": 0,
+    },
+    "bf16 cache, window": {"cache": bfloat16, "window": 9, "packed": False, "rotary_dim": 0},
 }
+
+
+def tolerance(attention: Attention) -> float:
+    """Rotating in float32 instead of float64 moves keys that lie between two bf16 to the other one."""
+    return 2e-3 if attention.cache is bfloat16 and attention.rotary_dim else 2e-5
 
 
 def take(part: tuple[np.ndarray, ...], begin: int, end: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -387,13 +414,27 @@ def test_ragged_batch_is_naive_attention(isa: str, shape: dict[str, Any]) -> Non
             for b, rows in attention.step(chunks).items():
                 outputs[b].append(rows)
     for b, part in whole.items():
-        np.testing.assert_allclose(np.concatenate(outputs[b]), attention.naive(*part), rtol=0, atol=2e-5)
+        np.testing.assert_allclose(
+            np.concatenate(outputs[b]), attention.naive(*part), rtol=0, atol=tolerance(attention)
+        )
 
 
-@pytest.mark.parametrize("window", [-1, 600])
-def test_long_sequence_spread_over_threads(isa: str, window: int) -> None:
+def test_a_bf16_cache_keeps_what_is_not_a_number(isa: str) -> None:
+    attention = Attention(cache=bfloat16, rotary_dim=0)
+    q, k, v = attention.random(1, 0)
+    v[0, 0, :2] = np.array([0x7F800001, 0x7F800000], np.uint32).view(np.float32)  # the first is no infinity either
+    rows = attention.step({0: (q, k, v)})[0]
+    assert np.isnan(rows[0, 0, 0])
+    assert np.isposinf(rows[0, 0, 1])
+    assert np.isfinite(rows[0, 0, 2:]).all()
+
+
+@pytest.mark.parametrize(
+    "shape", [{}, {"window": 600}, {"cache": bfloat16, "rotary_dim": 0}], ids=["all", "window", "bf16 cache"]
+)
+def test_long_sequence_spread_over_threads(isa: str, shape: dict[str, Any]) -> None:
     n = 1300  # three segments, which decode folds together
-    attention = Attention(window=window)
+    attention = Attention(**shape)
     part = attention.random(n, 0)
     expected = attention.naive(*part)
     rows = attention.step({0: take(part, 0, n - 3)})[0]
@@ -403,12 +444,13 @@ def test_long_sequence_spread_over_threads(isa: str, window: int) -> None:
         np.testing.assert_allclose(rows, expected[t : t + 1], rtol=0, atol=2e-5)
 
 
-def test_bits_depend_on_neither_batch_nor_chunks(isa: str) -> None:
+@pytest.mark.parametrize("cache", [np.float32, bfloat16])
+def test_bits_depend_on_neither_batch_nor_chunks(isa: str, cache: type) -> None:
     n = 1100
     part = Attention().random(n, 0)
-    alone = Attention().step({0: part})[0]
+    alone = Attention(cache=cache).step({0: part})[0]
 
-    attention = Attention()
+    attention = Attention(cache=cache)
     others = {b: attention.random(n, b) for b in (1, 2)}
     rows, done, step = [], 0, 0
     while done < n:
@@ -439,4 +481,14 @@ def test_attention_refuses_what_would_leave_the_cache() -> None:
         attention.step({0: attention.random(31, 0)})
     attention.tables[0][0] = 4
     with pytest.raises(Exception, match="block_table names block 4 of 4"):
+        attention.step({0: attention.random(1, 0)})
+
+
+def test_attention_refuses_caches_of_other_types() -> None:
+    attention = Attention(cache=np.float64)
+    with pytest.raises(Exception, match="key_cache has element type 11"):
+        attention.step({0: attention.random(1, 0)})
+    attention = Attention(cache=bfloat16)
+    attention.value_cache = attention.value_cache.astype(np.float32)
+    with pytest.raises(Exception, match="value_cache has element type 1 of ONNX, expected 16"):
         attention.step({0: attention.random(1, 0)})

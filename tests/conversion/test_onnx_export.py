@@ -8,6 +8,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
+from ml_dtypes import bfloat16
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, OPTConfig
 
@@ -31,7 +32,8 @@ def run_steps(directory, run):
     """Prefill three sequences at once, then feed each some more tokens; logits of every token, per sequence."""
     manifest = json.loads((directory / "cast_onnx.json").read_text())
     shape = (12, BLOCK_SIZE, manifest["kv_num_heads"], manifest["head_dim"])
-    caches = {name: np.full(shape, np.nan, np.float32) for name in manifest["inputs"] if "_cache." in name}
+    dtype = {"float32": np.float32, "bfloat16": bfloat16}[manifest["cache_dtype"]]
+    caches = {name: np.full(shape, np.nan).astype(dtype) for name in manifest["inputs"] if "_cache." in name}
     table = np.array([[7, 2, 11], [4, 0, 1], [9, 3, 5]], np.int32)
     past = np.zeros(3, np.int32)
     logits = [[], [], []]
@@ -76,7 +78,11 @@ def onnxruntime(directory):
     def run(feeds):
         binding = session.io_binding()
         for name, array in feeds.items():
-            binding.bind_cpu_input(name, array)
+            if array.dtype == bfloat16:
+                bits, number = array.view(np.uint16), onnx.TensorProto.BFLOAT16
+                binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, number))
+            else:
+                binding.bind_cpu_input(name, array)
         binding.bind_output("logits")
         session.run_with_iobinding(binding)
         return binding.copy_outputs_to_cpu()
@@ -214,7 +220,7 @@ def test_packed_and_dense_stored_sources_export_alike(sparse_llama, tmp_path):
 
 
 def test_bfloat16_values_of_a_float32_model(sparse_llama, tmp_path):
-    export(sparse_llama, tmp_path / "onnx", "bfloat16")
+    export(sparse_llama, tmp_path / "onnx", "bfloat16", float_activations=True)
     rounded = make_model(CONFIGS["llama"], sparse=True)
     for layer in rounded.model.layers:
         for module in layer.modules():
@@ -231,7 +237,7 @@ def test_bfloat16_values_of_a_float32_model(sparse_llama, tmp_path):
 @pytest.mark.parametrize("runner", [reference, onnxruntime])
 def test_a_bfloat16_model_stays_bfloat16_where_that_is_exact(name, runner, tmp_path):
     source = save(make_model(CONFIGS[name], sparse=True).bfloat16(), tmp_path / "model")
-    export(source, tmp_path / "onnx")
+    export(source, tmp_path / "onnx", float_activations=True)
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     rounds = runner is onnxruntime and isa() == "avx512bf16"  # which rounds inputs to bf16 for bf16 weights
     assert_same_logits(tmp_path / "onnx", runner, model, tolerance=0.02 if rounds else 2e-4)
@@ -240,6 +246,19 @@ def test_a_bfloat16_model_stays_bfloat16_where_that_is_exact(name, runner, tmp_p
     assert tensors["model.embed_tokens.weight"].data_type == onnx.TensorProto.BFLOAT16
     if name == "mistral":
         assert tensors["lm_head.weight"].data_type == onnx.TensorProto.BFLOAT16
+
+
+@pytest.mark.parametrize("runner", [reference, onnxruntime])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_weights_of_16_bits_have_a_cache_of_16(name, runner, tmp_path):
+    source = save(make_model(CONFIGS[name], sparse=True).bfloat16(), tmp_path / "model")
+    export(source, tmp_path / "onnx")
+    assert manifest_of(tmp_path / "onnx")["cache_dtype"] == "bfloat16"
+    inputs = onnx.load(tmp_path / "onnx" / "model.onnx").graph.input
+    caches = [value.type.tensor_type.elem_type for value in inputs if "_cache." in value.name]
+    assert caches == [onnx.TensorProto.BFLOAT16] * 4
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    assert_same_logits(tmp_path / "onnx", runner, model, tolerance=0.02)
 
 
 def test_a_tied_embedding_is_held_once(sparse_llama, tmp_path):
@@ -264,7 +283,7 @@ def test_the_manifest_tells_what_the_engine_needs(sparse_llama, tmp_path):
     sizes = {t.name: np.prod(t.dims) * (4 if t.data_type != onnx.TensorProto.INT64 else 8)
              for t in initializers(tmp_path / "onnx").values()}  # fmt: skip
     assert manifest == {
-        "version": 1,
+        "version": 2,
         "graph": GRAPH,
         "pattern": "2:4",
         "value_dtype": "float32",
@@ -274,6 +293,7 @@ def test_the_manifest_tells_what_the_engine_needs(sparse_llama, tmp_path):
         "num_layers": 2,
         "kv_num_heads": 2,
         "head_dim": 8,
+        "cache_dtype": "float32",
         "context_length": 64,
         "vocab_size": 97,
         "eos_token_ids": [5, 6],

@@ -20,6 +20,13 @@ struct Vec {
     memcpy(&v, p, sizeof v);
     return v;
   }
+  static CAST24_INLINE F load(const uint16_t* p) {  // bf16
+    uint32_t wide[W];
+    for (int i = 0; i < W; ++i) wide[i] = static_cast<uint32_t>(p[i]) << 16;
+    F v;
+    memcpy(&v, wide, sizeof v);
+    return v;
+  }
   static CAST24_INLINE void store(float* p, F v) { memcpy(p, &v, sizeof v); }
   static CAST24_INLINE F max(F a, F b) { return a > b ? a : b; }
 

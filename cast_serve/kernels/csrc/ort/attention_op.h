@@ -9,13 +9,13 @@
 namespace cast24 {
 
 // query [1, T, heads * D], or [1, T, (heads + 2 * kv_heads) * D] with key and value absent; key, value
-// [1, T, kv_heads * D]; key_cache, value_cache [num_blocks, block_size, kv_heads, D], written in place, whose blocks'
-// interior only this op reads (paged_attention.h); block_table i32 [B, max_blocks]; past_lens i32 [B]; cu_seqlens i32
+// [1, T, kv_heads * D]; key_cache, value_cache f32 or bf16 [num_blocks, block_size, kv_heads, D], written in place, whose
+// blocks' interior only this op reads (paged_attention.h); block_table i32 [B, max_blocks]; past_lens i32 [B]; cu_seqlens i32
 // [B + 1]; cos_cache, sin_cache [positions, rotary_dim / 2] -> [1, T, heads * D].
 struct PagedAttention : CpuOp {
   static constexpr const char* name = "PagedAttention";
-  static constexpr Input inputs[] = {{kFloat, kRequired}, {kFloat, kOptional}, {kFloat, kOptional}, {kFloat, kRequired},
-                                     {kFloat, kRequired}, {kInt32, kRequired}, {kInt32, kRequired}, {kInt32, kRequired},
+  static constexpr Input inputs[] = {{kFloat, kRequired}, {kFloat, kOptional}, {kFloat, kOptional}, {kAnyType, kRequired},
+                                     {kAnyType, kRequired}, {kInt32, kRequired}, {kInt32, kRequired}, {kInt32, kRequired},
                                      {kFloat, kOptional}, {kFloat, kOptional}};
 
   int64_t heads, kv_heads, window;
@@ -45,6 +45,9 @@ struct PagedAttention : CpuOp {
                 std::to_string(kv_heads) + ", head_dim]");
     const int64_t blocks = key_cache.shape[0], block_size = key_cache.shape[1], D = key_cache.shape[3];
     require_shape("value_cache", value_cache, {blocks, block_size, kv_heads, D});
+    const bool bf16_cache = key_cache.type == kBFloat16;
+    if (!bf16_cache) require_type("key_cache", key_cache, kFloat);
+    require_type("value_cache", value_cache, key_cache.type);
     require(block_size > 0 && block_size % kKeyTile == 0, "block_size must be a multiple of 16");
     require(D > 0 && D <= kMaxHeadDim, "head_dim must be 1 to 256, not " + std::to_string(D));
 
@@ -93,8 +96,9 @@ struct PagedAttention : CpuOp {
     args.q_stride = query.shape[2];
     args.kv_stride = packed ? query.shape[2] : kv_heads * D;
     args.out = context.output(0, {1, T, heads * D});
-    args.key_cache = key_cache.f32();
-    args.value_cache = value_cache.f32();
+    args.key_cache = key_cache.data;
+    args.value_cache = value_cache.data;
+    args.bf16_cache = bf16_cache;
     args.heads = heads;
     args.kv_heads = kv_heads;
     args.block_size = block_size;

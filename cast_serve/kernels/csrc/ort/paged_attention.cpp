@@ -49,23 +49,43 @@ ONE_COPY void rotate(const Args& a, const float* __restrict from, int64_t positi
   for (int64_t i = a.rotary_dim; i < a.head_dim; ++i) to[i] = from[i];
 }
 
-INLINE float* block_of(const Args& a, float* cache, int64_t sequence, int64_t position, int64_t kv_head) {
-  const int64_t block = a.block_table[sequence * a.max_blocks + position / a.block_size];
-  return cache + (block * a.kv_heads + kv_head) * a.block_size * a.head_dim;
+// An element of the cache; C is float, or uint16_t for bf16.
+INLINE float widened(float x) { return x; }
+INLINE float widened(uint16_t x) {
+  const uint32_t bits = static_cast<uint32_t>(x) << 16;
+  float wide;
+  std::memcpy(&wide, &bits, sizeof wide);
+  return wide;
+}
+INLINE void put(float x, float* to) { *to = x; }
+INLINE void put(float x, uint16_t* to) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  const uint32_t nan = x != x ? 0x400000 : 0;  // rounding must not make an infinity of it
+  *to = static_cast<uint16_t>(((bits | nan) + (nan ? 0 : 0x7fff + (bits >> 16 & 1))) >> 16);
 }
 
-INLINE float* key_tile(const Args& a, int64_t sequence, int64_t position, int64_t kv_head) {
-  return block_of(a, a.key_cache, sequence, position, kv_head) +
+template <class C>
+INLINE C* block_of(const Args& a, void* cache, int64_t sequence, int64_t position, int64_t kv_head) {
+  const int64_t block = a.block_table[sequence * a.max_blocks + position / a.block_size];
+  return static_cast<C*>(cache) + (block * a.kv_heads + kv_head) * a.block_size * a.head_dim;
+}
+
+template <class C>
+INLINE C* key_tile(const Args& a, int64_t sequence, int64_t position, int64_t kv_head) {
+  return block_of<C>(a, a.key_cache, sequence, position, kv_head) +
          position % a.block_size / kKeyTile * kKeyTile * a.head_dim;
 }
 
-INLINE float* value_row(const Args& a, int64_t sequence, int64_t position, int64_t kv_head) {
-  return block_of(a, a.value_cache, sequence, position, kv_head) + position % a.block_size * a.head_dim;
+template <class C>
+INLINE C* value_row(const Args& a, int64_t sequence, int64_t position, int64_t kv_head) {
+  return block_of<C>(a, a.value_cache, sequence, position, kv_head) + position % a.block_size * a.head_dim;
 }
 
+template <class C>
 ONE_COPY void append(const Args& a, int64_t sequence, int64_t token, int64_t kv_head) {
   const int64_t position = a.past_lens[sequence] + token - a.cu_seqlens[sequence];
-  float* tile = key_tile(a, sequence, position, kv_head) + position % kKeyTile;
+  C* tile = key_tile<C>(a, sequence, position, kv_head) + position % kKeyTile;
   // A key is spread over as many cache lines as it has elements, all of them asked for at once.
   for (int64_t d = 0; d < a.head_dim; ++d) __builtin_prefetch(tile + d * kKeyTile, 1);
   const float* k = a.k + token * a.kv_stride + kv_head * a.head_dim;
@@ -74,9 +94,10 @@ ONE_COPY void append(const Args& a, int64_t sequence, int64_t token, int64_t kv_
     rotate(a, k, position, rotated);
     k = rotated;
   }
-  for (int64_t d = 0; d < a.head_dim; ++d) tile[d * kKeyTile] = k[d];
-  std::memcpy(value_row(a, sequence, position, kv_head), a.v + token * a.kv_stride + kv_head * a.head_dim,
-              sizeof(float) * a.head_dim);
+  const float* v = a.v + token * a.kv_stride + kv_head * a.head_dim;
+  C* row = value_row<C>(a, sequence, position, kv_head);
+  for (int64_t d = 0; d < a.head_dim; ++d) put(k[d], tile + d * kKeyTile);
+  for (int64_t d = 0; d < a.head_dim; ++d) put(v[d], row + d);
 }
 
 // First key that a query at `position` sees.
@@ -86,8 +107,8 @@ INLINE int64_t first_key(const Args& a, int64_t position) {
 
 // R query rows (already rotated and scaled; positions ascending) against keys from..to of one segment:
 // scores, their softmax relative to the row's peak, and the weighted sum of the values.
-template <int W, int R>
-INLINE void attend_rows(const Args& a, int64_t sequence, int64_t kv_head, const float* const* q, const int64_t* positions,
+template <int W, class C, int R>
+INLINE void attend_rows(const Args& a, int64_t sequence, int64_t kv_head, const float (*q)[kMaxHeadDim], const int64_t* positions,
                         int64_t segment_begin, int64_t segment_end, Partial* partial, float* const* sums) {
   using V = Vec<W>;
   using F = typename V::F;
@@ -105,18 +126,20 @@ INLINE void attend_rows(const Args& a, int64_t sequence, int64_t kv_head, const 
   F peaks[R];
   for (int r = 0; r < R; ++r) peaks[r] = none;
   for (int64_t tile = first_tile; tile < end; tile += kKeyTile) {
-    const float* keys = key_tile(a, sequence, tile, kv_head);
+    const C* keys = key_tile<C>(a, sequence, tile, kv_head);
     // Blocks and pages are short, so the hardware foresees too little of what comes. A tile of keys, as one of values, is
     // D cache lines.
     const int64_t ahead = tile + kTilesAhead * kKeyTile;
-    const float* next_keys = key_tile(a, sequence, ahead < end ? ahead : tile, kv_head);
-    const float* values = value_row(a, sequence, tile, kv_head);
+    const C* next_keys = key_tile<C>(a, sequence, ahead < end ? ahead : tile, kv_head);
+    const C* values = value_row<C>(a, sequence, tile, kv_head);
     F sum[R][kTileVecs] = {};
     for (int64_t d = 0; d < D; ++d) {
       __builtin_prefetch(next_keys + d * kKeyTile, 0, 2);
       __builtin_prefetch(values + d * kKeyTile, 0, 2);
+#pragma GCC unroll 4
       for (int c = 0; c < kTileVecs; ++c) {
         const F key = V::load(keys + d * kKeyTile + c * W);
+#pragma GCC unroll 4
         for (int r = 0; r < R; ++r) sum[r][c] += q[r][d] * key;
       }
     }
@@ -166,11 +189,13 @@ INLINE void attend_rows(const Args& a, int64_t sequence, int64_t kv_head, const 
   for (; d + kVecs * W <= D; d += kVecs * W) {
     F sum[R][kVecs] = {};
     for (int64_t j = begin; j < end;) {
-      const float* values = value_row(a, sequence, j, kv_head) + d;
+      const C* values = value_row<C>(a, sequence, j, kv_head) + d;
       const int64_t stop = std::min(end, (j / a.block_size + 1) * a.block_size);
       for (; j < stop; ++j, values += D) {
+#pragma GCC unroll 4  // or sums would go through memory
         for (int c = 0; c < kVecs; ++c) {
           const F value = V::load(values + c * W);
+#pragma GCC unroll 4
           for (int r = 0; r < R; ++r) sum[r][c] += scores[r][j - segment_begin] * value;
         }
       }
@@ -182,7 +207,7 @@ INLINE void attend_rows(const Args& a, int64_t sequence, int64_t kv_head, const 
   for (; d < D; ++d) {
     float sum[R] = {};
     for (int64_t j = begin; j < end; ++j) {
-      const float value = value_row(a, sequence, j, kv_head)[d];
+      const float value = widened(value_row<C>(a, sequence, j, kv_head)[d]);
       for (int r = 0; r < R; ++r) sum[r] += scores[r][j - segment_begin] * value;
     }
     for (int r = 0; r < R; ++r) sums[r][d] = sum[r];
@@ -214,14 +239,13 @@ struct Plan {
   std::vector<float> sums;        // [slots, head_dim]
 };
 
-template <int W, int R>
+template <int W, class C, int R>
 INLINE void run_rows(const Plan& plan, const Item& item, int64_t row, Partial* split_partials, float* split_sums) {
   const Args& a = plan.args;
   const int64_t D = a.head_dim, group = a.heads / a.kv_heads;
   alignas(64) float q_rows[R][kMaxHeadDim];
   alignas(64) float segment_sums[R][kMaxHeadDim];
   alignas(64) float running_sums[R][kMaxHeadDim];
-  const float* q[R];
   float* sums[R];
   float* out[R];
   int64_t positions[R];
@@ -235,13 +259,12 @@ INLINE void run_rows(const Plan& plan, const Item& item, int64_t row, Partial* s
       from = q_rows[r];
     }
     for (int64_t d = 0; d < D; ++d) q_rows[r][d] = from[d] * a.scale;
-    q[r] = q_rows[r];
     sums[r] = split_sums != nullptr ? split_sums + (row + r) * D : segment_sums[r];
     out[r] = a.out + token * a.heads * D + head * D;
   }
 
   if (split_sums != nullptr) {
-    attend_rows<W, R>(a, item.sequence, item.kv_head, q, positions, item.segment * kSegment,
+    attend_rows<W, C, R>(a, item.sequence, item.kv_head, q_rows, positions, item.segment * kSegment,
                       (item.segment + 1) * kSegment, split_partials + row, sums);
     return;
   }
@@ -251,7 +274,7 @@ INLINE void run_rows(const Plan& plan, const Item& item, int64_t row, Partial* s
     std::fill(running_sums[r], running_sums[r] + D, 0.0f);
   }
   for (int64_t begin = first_key(a, positions[0]) / kSegment * kSegment; begin <= positions[R - 1]; begin += kSegment) {
-    attend_rows<W, R>(a, item.sequence, item.kv_head, q, positions, begin, begin + kSegment, partial, sums);
+    attend_rows<W, C, R>(a, item.sequence, item.kv_head, q_rows, positions, begin, begin + kSegment, partial, sums);
     for (int r = 0; r < R; ++r) fold(running[r], running_sums[r], partial[r], sums[r], D);
   }
   for (int r = 0; r < R; ++r) {
@@ -259,7 +282,7 @@ INLINE void run_rows(const Plan& plan, const Item& item, int64_t row, Partial* s
   }
 }
 
-template <int W>
+template <int W, class C>
 INLINE void run_items(Plan& plan, int64_t begin, int64_t end) {
   const int64_t group = plan.args.heads / plan.args.kv_heads;
   for (int64_t i = begin; i < end; ++i) {
@@ -268,35 +291,41 @@ INLINE void run_items(Plan& plan, int64_t begin, int64_t end) {
     Partial* partials = split ? &plan.partials[item.slot] : nullptr;
     float* sums = split ? &plan.sums[item.slot * plan.args.head_dim] : nullptr;
     const int64_t rows = (item.token_end - item.token_begin) * group;
-    for (int64_t t = item.token_begin; t < item.token_end && item.appends; ++t) append(plan.args, item.sequence, t, item.kv_head);
+    for (int64_t t = item.token_begin; t < item.token_end && item.appends; ++t) append<C>(plan.args, item.sequence, t, item.kv_head);
     int64_t row = 0;
-    for (; row + kRows <= rows; row += kRows) run_rows<W, kRows>(plan, item, row, partials, sums);
+    for (; row + kRows <= rows; row += kRows) run_rows<W, C, kRows>(plan, item, row, partials, sums);
     switch (rows - row) {
-      case 3: run_rows<W, 3>(plan, item, row, partials, sums); break;
-      case 2: run_rows<W, 2>(plan, item, row, partials, sums); break;
-      case 1: run_rows<W, 1>(plan, item, row, partials, sums); break;
+      case 3: run_rows<W, C, 3>(plan, item, row, partials, sums); break;
+      case 2: run_rows<W, C, 2>(plan, item, row, partials, sums); break;
+      case 1: run_rows<W, C, 1>(plan, item, row, partials, sums); break;
       default: break;
     }
   }
 }
 
 #if defined(__x86_64__)
+template <class C>
 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))) void run_avx512(void* plan, int64_t begin,
                                                                                        int64_t end) {
-  run_items<16>(*static_cast<Plan*>(plan), begin, end);
+  run_items<16, C>(*static_cast<Plan*>(plan), begin, end);
 }
+template <class C>
 __attribute__((target("avx2,fma"))) void run_avx2(void* plan, int64_t begin, int64_t end) {
-  run_items<8>(*static_cast<Plan*>(plan), begin, end);
+  run_items<8, C>(*static_cast<Plan*>(plan), begin, end);
 }
 #endif
-void run_portable(void* plan, int64_t begin, int64_t end) { run_items<4>(*static_cast<Plan*>(plan), begin, end); }
+template <class C>
+void run_portable(void* plan, int64_t begin, int64_t end) {
+  run_items<4, C>(*static_cast<Plan*>(plan), begin, end);
+}
 
+template <class C>
 cast24_task task_of_isa() {
 #if defined(__x86_64__)
-  if (std::strncmp(cast24_isa(), "avx512", 6) == 0) return run_avx512;  // its extensions serve linears only
-  if (std::strcmp(cast24_isa(), "avx2") == 0) return run_avx2;
+  if (std::strncmp(cast24_isa(), "avx512", 6) == 0) return run_avx512<C>;  // its extensions serve linears only
+  if (std::strcmp(cast24_isa(), "avx2") == 0) return run_avx2<C>;
 #endif
-  return run_portable;
+  return run_portable<C>;
 }
 
 // Work items of one call. Segments of a split sequence take consecutive slots, in order.
@@ -356,26 +385,32 @@ void fold_splits(Plan& plan) {
   }
 }
 
+template <class C>
 void append_range(void* self, int64_t begin, int64_t end) {
   const Plan& plan = *static_cast<Plan*>(self);
   for (int64_t i = begin; i < end; ++i)
     for (int64_t h = 0; h < plan.args.kv_heads; ++h)
-      append(plan.args, plan.appended_before[i].first, plan.appended_before[i].second, h);
+      append<C>(plan.args, plan.appended_before[i].first, plan.appended_before[i].second, h);
+}
+
+template <class C>
+void attend(const Args& args, cast24_parallel_for run, void* pool) {
+  Plan plan{args, {}, {}, {}, {}};
+  make_items(plan);
+  const int64_t before = static_cast<int64_t>(plan.appended_before.size());
+  if (before <= 32) {  // not worth waking the other threads
+    append_range<C>(&plan, 0, before);
+  } else {
+    run(pool, append_range<C>, &plan, before);
+  }
+  run(pool, task_of_isa<C>(), &plan, static_cast<int64_t>(plan.items.size()));
+  fold_splits(plan);
 }
 
 }  // namespace
 
 void paged_attention(const PagedAttentionArgs& args, cast24_parallel_for run, void* pool) {
-  Plan plan{args, {}, {}, {}, {}};
-  make_items(plan);
-  const int64_t before = static_cast<int64_t>(plan.appended_before.size());
-  if (before <= 32) {  // not worth waking the other threads
-    append_range(&plan, 0, before);
-  } else {
-    run(pool, append_range, &plan, before);
-  }
-  run(pool, task_of_isa(), &plan, static_cast<int64_t>(plan.items.size()));
-  fold_splits(plan);
+  args.bf16_cache ? attend<uint16_t>(args, run, pool) : attend<float>(args, run, pool);
 }
 
 }  // namespace cast24

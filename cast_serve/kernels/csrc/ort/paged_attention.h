@@ -19,7 +19,8 @@ struct PagedAttentionArgs {
   const float *q, *k, *v;
   int64_t q_stride, kv_stride;
   float* out;  // [T, heads * head_dim]
-  float *key_cache, *value_cache;
+  void *key_cache, *value_cache;  // float32, or bf16: the upper 16 bits of one, rounded to nearest
+  bool bf16_cache;
   int64_t heads, kv_heads, head_dim, block_size;
   const int32_t* block_table;  // [B, max_blocks]
   int64_t max_blocks;
