@@ -96,7 +96,7 @@ def main(
 
     found = {each: {size: middle([turn[size] for turn in of]) for size in batches} for each, of in turns.items()}
     machine, now = this_machine(), datetime.now(UTC)
-    stem = f"cpu-step-{name.lower()}-{now:%Y-%m-%d}"
+    stem = f"cpu-step-{name.lower()}-after-{context}-{now:%Y-%m-%d}"
     text = report(name, found, batches, f"{machine.cpu}, threads: {threads}, {now:%Y-%m-%d}", context, rounds)
     record = {
         "date": now.isoformat(timespec="seconds"),

@@ -30,7 +30,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_whole_command(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     step_profile.main(work, "Tiny-1.5", 1, rounds=1, batch=[1, 3], context=40, steps=3, out=tmp_path)
-    (written,) = tmp_path.glob("cpu-step-tiny-1.5-*.json")
+    (written,) = tmp_path.glob("cpu-step-tiny-1.5-after-40-*.json")
     record = json.loads(written.read_text())
     for of in record["seconds"].values():
         for size in ("1", "3"):

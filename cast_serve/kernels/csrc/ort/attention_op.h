@@ -41,17 +41,16 @@ struct PagedAttention : CpuOp {
     const Tensor cos = context.input(8), sin = context.input(9);
 
     require(key_cache.shape.size() == 4 && key_cache.shape[2] == kv_heads,
-            "key_cache has shape " + describe(key_cache.shape) + ", expected [num_blocks, block_size, " +
-                std::to_string(kv_heads) + ", head_dim]");
+            "key_cache has shape ", key_cache.shape, ", expected [num_blocks, block_size, ", kv_heads, ", head_dim]");
     const int64_t blocks = key_cache.shape[0], block_size = key_cache.shape[1], D = key_cache.shape[3];
     require_shape("value_cache", value_cache, {blocks, block_size, kv_heads, D});
     const bool bf16_cache = key_cache.type == kBFloat16;
     if (!bf16_cache) require_type("key_cache", key_cache, kFloat);
     require_type("value_cache", value_cache, key_cache.type);
     require(block_size > 0 && block_size % kKeyTile == 0, "block_size must be a multiple of 16");
-    require(D > 0 && D <= kMaxHeadDim, "head_dim must be 1 to 256, not " + std::to_string(D));
+    require(D > 0 && D <= kMaxHeadDim, "head_dim must be 1 to 256, not ", D);
 
-    require(query.shape.size() == 3, "query has shape " + describe(query.shape) + ", expected [1, T, width]");
+    require(query.shape.size() == 3, "query has shape ", query.shape, ", expected [1, T, width]");
     const int64_t T = query.shape[1];
     const bool packed = !key;
     require(packed == !value, "key and value must be given together");
@@ -61,7 +60,7 @@ struct PagedAttention : CpuOp {
       require_shape("value", value, {1, T, kv_heads * D});
     }
 
-    require(block_table.shape.size() == 2, "block_table has shape " + describe(block_table.shape) + ", expected [B, max_blocks]");
+    require(block_table.shape.size() == 2, "block_table has shape ", block_table.shape, ", expected [B, max_blocks]");
     const int64_t B = block_table.shape[0], max_blocks = block_table.shape[1];
     require_shape("past_lens", past_lens, {B});
     require_shape("cu_seqlens", cu_seqlens, {B + 1});
@@ -70,7 +69,7 @@ struct PagedAttention : CpuOp {
     args.head_dim = D;
     if (do_rotary) {
       require(cos.shape.size() == 2 && 2 * cos.shape[1] <= D,
-              "cos_cache has shape " + describe(cos.shape) + ", expected [positions, rotary_dim / 2]");
+              "cos_cache has shape ", cos.shape, ", expected [positions, rotary_dim / 2]");
       require_shape("sin_cache", sin, {cos.shape[0], cos.shape[1]});
       args.rotary_dim = 2 * cos.shape[1];
     }
@@ -86,7 +85,7 @@ struct PagedAttention : CpuOp {
       require(!do_rotary || length <= cos.shape[0], "a sequence is longer than cos_cache has positions");
       for (int64_t i = 0; i * block_size < length; ++i) {
         const int32_t block = args.block_table[b * max_blocks + i];
-        require(block >= 0 && block < blocks, "block_table names block " + std::to_string(block) + " of " + std::to_string(blocks));
+        require(block >= 0 && block < blocks, "block_table names block ", block, " of ", blocks);
       }
     }
 

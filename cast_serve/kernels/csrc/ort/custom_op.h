@@ -24,10 +24,6 @@ inline void check(const OrtApi& api, OrtStatus* status, const char* what) {
   throw std::runtime_error(what);
 }
 
-inline void require(bool condition, const std::string& message) {
-  if (!condition) throw std::invalid_argument(message);
-}
-
 struct Tensor {
   void* data = nullptr;
   OrtElementType type = kAnyType;
@@ -42,20 +38,28 @@ struct Tensor {
   }
 };
 
-inline std::string describe(const std::vector<int64_t>& shape) {
-  std::string text = "[";
-  for (size_t i = 0; i < shape.size(); ++i) text += (i ? ", " : "") + std::to_string(shape[i]);
-  return text + "]";
+// A part of a message.
+inline std::string text(const char* part) { return part; }
+inline std::string text(int64_t part) { return std::to_string(part); }
+inline std::string text(const std::vector<int64_t>& shape) {
+  std::string all = "[";
+  for (size_t i = 0; i < shape.size(); ++i) all += (i ? ", " : "") + std::to_string(shape[i]);
+  return all + "]";
+}
+
+// Throws the message unless the condition holds. It is put together only then, as this is called for every node of every step.
+template <class... Part>
+void require(bool condition, const Part&... message) {
+  if (!condition) throw std::invalid_argument((text(message) + ...));
 }
 
 inline void require_shape(const char* name, const Tensor& tensor, std::initializer_list<int64_t> expected) {
   if (tensor.shape.size() == expected.size() && std::equal(expected.begin(), expected.end(), tensor.shape.begin())) return;
-  require(false, std::string(name) + " has shape " + describe(tensor.shape) + ", expected " + describe(expected));
+  require(false, name, " has shape ", tensor.shape, ", expected ", std::vector<int64_t>(expected));
 }
 
 inline void require_type(const char* name, const Tensor& tensor, OrtElementType expected) {
-  require(tensor.type == expected, std::string(name) + " has element type " + std::to_string(tensor.type) +
-                                       " of ONNX, expected " + std::to_string(expected));
+  require(tensor.type == expected, name, " has element type ", tensor.type, " of ONNX, expected ", expected);
 }
 
 // The tensor that a value holds.
@@ -111,7 +115,7 @@ class Attributes {
   static size_t element_bytes(OrtElementType type) {
     if (type == kUint8) return 1;
     if (type == kBFloat16) return 2;
-    require(type == kFloat || type == kUint32, "a weight has element type " + std::to_string(type) + " of ONNX");
+    require(type == kFloat || type == kUint32, "a weight has element type ", type, " of ONNX");
     return 4;
   }
   void present(OrtStatus* status) const {

@@ -33,13 +33,13 @@ struct FusedLinear {
   Call prepare(Context& context, const Tensor& x, size_t first) const {
     const Tensor bias = context.input(first), norm = context.input(first + 1), residual = context.input(first + 2);
     require(!x.shape.empty() && x.shape.back() == K,
-            "x has shape " + describe(x.shape) + ", expected [..., " + std::to_string(K) + "]");
+            "x has shape ", x.shape, ", expected [..., ", K, "]");
     if (bias) require_shape("bias", bias, {N});
     if (norm) require_shape("norm", norm, {K});
     std::vector<int64_t> shape = x.shape;
     shape.back() = gated ? N / 2 : N;
     require(!residual || residual.shape == shape,
-            "residual has shape " + describe(residual.shape) + ", expected " + describe(shape));
+            "residual has shape ", residual.shape, ", expected ", shape);
     return {x.size() / K, bias.f32(), {norm.f32(), epsilon, gated, residual.f32()}, context.output(0, shape),
             bias ? 4 * bias.size() : 0};
   }

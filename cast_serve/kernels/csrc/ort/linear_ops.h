@@ -55,10 +55,10 @@ struct DenseLinear : CpuOp {
 
   int64_t run(Context& context) const {
     const Tensor x = context.input(0), weight = context.input(1), bias = context.input(2);
-    require(weight.shape.size() == 2, "weight has shape " + describe(weight.shape) + ", expected [N, K]");
+    require(weight.shape.size() == 2, "weight has shape ", weight.shape, ", expected [N, K]");
     const int64_t N = weight.shape[0], K = weight.shape[1];
     require(!x.shape.empty() && x.shape.back() == K,
-            "x has shape " + describe(x.shape) + ", expected [..., " + std::to_string(K) + "]");
+            "x has shape ", x.shape, ", expected [..., ", K, "]");
     const bool bf16 = weight.type == kBFloat16;
     if (!bf16) require_type("weight", weight, kFloat);
     if (bias) require_shape("bias", bias, {N});

@@ -75,8 +75,7 @@ struct EmbeddingNBits : CpuOp {
     weight.require_panels(panels, false);
     const int64_t* rows = static_cast<const int64_t*>(ids.data);
     for (int64_t i = 0; i < ids.size(); ++i)
-      require(rows[i] >= 0 && rows[i] < weight.N, "id " + std::to_string(rows[i]) + " is outside the " +
-                                                      std::to_string(weight.N) + " rows");
+      require(rows[i] >= 0 && rows[i] < weight.N, "id ", rows[i], " is outside the ", weight.N, " rows");
     std::vector<int64_t> shape = ids.shape;
     shape.push_back(weight.K);
     cast24_quantized_rows(rows, ids.size(), static_cast<const uint8_t*>(panels.data), weight.K,
