@@ -61,8 +61,8 @@ INLINE void put(float x, float* to) { *to = x; }
 INLINE void put(float x, uint16_t* to) {
   uint32_t bits;
   std::memcpy(&bits, &x, sizeof bits);
-  const uint32_t nan = x != x ? 0x400000 : 0;  // rounding must not make an infinity of it
-  *to = static_cast<uint16_t>(((bits | nan) + (nan ? 0 : 0x7fff + (bits >> 16 & 1))) >> 16);
+  bits = x != x ? bits | 0x400000 : bits + 0x7fff + (bits >> 16 & 1);  // to nearest, and a NaN stays one
+  *to = static_cast<uint16_t>(bits >> 16);
 }
 
 template <class C>
