@@ -44,8 +44,7 @@ struct PagedAttention : CpuOp {
             "key_cache has shape ", key_cache.shape, ", expected [num_blocks, block_size, ", kv_heads, ", head_dim]");
     const int64_t blocks = key_cache.shape[0], block_size = key_cache.shape[1], D = key_cache.shape[3];
     require_shape("value_cache", value_cache, {blocks, block_size, kv_heads, D});
-    const bool bf16_cache = key_cache.type == kBFloat16;
-    if (!bf16_cache) require_type("key_cache", key_cache, kFloat);
+    const bool bf16_cache = bf16_or_float("key_cache", key_cache);
     require_type("value_cache", value_cache, key_cache.type);
     require(block_size > 0 && block_size % kKeyTile == 0, "block_size must be a multiple of 16");
     require(D > 0 && D <= kMaxHeadDim, "head_dim must be 1 to 256, not ", D);

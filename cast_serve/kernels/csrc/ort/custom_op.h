@@ -62,6 +62,18 @@ inline void require_type(const char* name, const Tensor& tensor, OrtElementType 
   require(tensor.type == expected, name, " has element type ", tensor.type, " of ONNX, expected ", expected);
 }
 
+// True for bf16, false for float32; refuses other types.
+inline bool bf16_or_float(const char* name, const Tensor& tensor) {
+  if (tensor.type == kBFloat16) return true;
+  require_type(name, tensor, kFloat);
+  return false;
+}
+
+// x is [..., K].
+inline void require_columns(const Tensor& x, int64_t K) {
+  require(!x.shape.empty() && x.shape.back() == K, "x has shape ", x.shape, ", expected [..., ", K, "]");
+}
+
 // The tensor that a value holds.
 inline Tensor tensor_of(const OrtApi& api, const OrtValue* value) {
   Tensor tensor;

@@ -32,8 +32,7 @@ struct FusedLinear {
   // `first` is the index of bias; norm and residual follow it.
   Call prepare(Context& context, const Tensor& x, size_t first) const {
     const Tensor bias = context.input(first), norm = context.input(first + 1), residual = context.input(first + 2);
-    require(!x.shape.empty() && x.shape.back() == K,
-            "x has shape ", x.shape, ", expected [..., ", K, "]");
+    require_columns(x, K);
     if (bias) require_shape("bias", bias, {N});
     if (norm) require_shape("norm", norm, {K});
     std::vector<int64_t> shape = x.shape;

@@ -218,8 +218,7 @@ struct Sparse24MatMulGpu {
   // Returns the bytes of the weights.
   int64_t run(Context& context) const {
     const Tensor x = context.input(0), weight = context.input(1), bias = context.input(3);
-    require(!x.shape.empty() && x.shape.back() == K,
-            "x has shape ", x.shape, ", expected [..., ", K, "]");
+    require_columns(x, K);
     if (bias) require_shape("bias", bias, {N});
     const int64_t lanes = 32 * ceil_div(N, 16) * ceil_div(K, 64);
     const int64_t values = lanes * 2 * bits, metadata = lanes * 4;

@@ -22,11 +22,10 @@ struct Sparse24MatMul : CpuOp {
   int64_t run(Context& context) const {
     const Tensor x = context.input(0), values = context.input(1), indices = context.input(2);
     const int64_t N = linear.N, K = linear.K, panels = (N + 15) / 16, groups = K / 4;
-    const bool bf16 = values.type == kBFloat16;
+    const bool bf16 = bf16_or_float("values", values);
     if (bf16) {
       require_shape("values", values, {panels, groups, 16, 2});
     } else {
-      require_type("values", values, kFloat);
       require_shape("values", values, {panels, groups, 2, 16});
     }
     require_shape("indices", indices, {panels, (groups + 7) / 8, 16});
@@ -57,10 +56,8 @@ struct DenseLinear : CpuOp {
     const Tensor x = context.input(0), weight = context.input(1), bias = context.input(2);
     require(weight.shape.size() == 2, "weight has shape ", weight.shape, ", expected [N, K]");
     const int64_t N = weight.shape[0], K = weight.shape[1];
-    require(!x.shape.empty() && x.shape.back() == K,
-            "x has shape ", x.shape, ", expected [..., ", K, "]");
-    const bool bf16 = weight.type == kBFloat16;
-    if (!bf16) require_type("weight", weight, kFloat);
+    require_columns(x, K);
+    const bool bf16 = bf16_or_float("weight", weight);
     if (bias) require_shape("bias", bias, {N});
 
     std::vector<int64_t> shape = x.shape;

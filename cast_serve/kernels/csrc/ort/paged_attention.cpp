@@ -128,7 +128,7 @@ INLINE void attend_rows(const Args& a, int64_t sequence, int64_t kv_head, const 
   for (int64_t tile = first_tile; tile < end; tile += kKeyTile) {
     const C* keys = key_tile<C>(a, sequence, tile, kv_head);
     // Blocks and pages are short, so the hardware foresees too little of what comes. A tile of keys, as one of values, is
-    // D cache lines.
+    // D cache lines of floats, or half as many of bf16.
     const int64_t ahead = tile + kTilesAhead * kKeyTile;
     const C* next_keys = key_tile<C>(a, sequence, ahead < end ? ahead : tile, kv_head);
     const C* values = value_row<C>(a, sequence, tile, kv_head);
@@ -265,7 +265,7 @@ INLINE void run_rows(const Plan& plan, const Item& item, int64_t row, Partial* s
 
   if (split_sums != nullptr) {
     attend_rows<W, C, R>(a, item.sequence, item.kv_head, q_rows, positions, item.segment * kSegment,
-                      (item.segment + 1) * kSegment, split_partials + row, sums);
+                         (item.segment + 1) * kSegment, split_partials + row, sums);
     return;
   }
   Partial running[R], partial[R];
