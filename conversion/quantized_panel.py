@@ -1,9 +1,11 @@
 """The layout in which the CPU kernel reads quantized weights: 16 rows side by side, all that one pass needs in order.
 
 A panel is one run of bytes. For each group of columns: the rows' scales, float32 [16], and the sums of their codes,
-int16 [16]; then for each 32 columns the kept columns, uint32 [16] as in `conversion.panel`, and the codes. See
+int16 [16]; then for each 32 columns which ones are kept, uint8 [16, 4], and the codes, in blocks of four a row. See
 cast_serve/kernels/csrc/cast24.h, whose packing this agrees with byte for byte.
 """
+
+import itertools
 
 import torch
 from torch import Tensor
@@ -54,7 +56,7 @@ def to_quantized_panels(stored: Tensor, bitmask: Tensor | None, scale: Tensor, q
     word_bytes = by_block.reshape(panels, words, -1).view(torch.uint8)
     if bitmask is not None:
         _, indices = to_panels(torch.zeros(codes.shape), bitmask)
-        word_bytes = torch.cat((indices.view(torch.uint8), word_bytes), dim=2)
+        word_bytes = torch.cat((_places(indices.view(torch.int32)).flatten(2), word_bytes), dim=2)
 
     per_group = pad(padded, (0, groups * group_words * kept - padded.shape[1])).view(panels, ROWS, groups, -1)
     sums = per_group.sum(-1, dtype=torch.int16).transpose(1, 2).contiguous()
@@ -64,6 +66,17 @@ def to_quantized_panels(stored: Tensor, bitmask: Tensor | None, scale: Tensor, q
     body = pad(word_bytes, (0, 0, 0, groups * group_words - words)).view(panels, groups, -1)
     whole = torch.cat((header, body), dim=2).view(panels, -1)
     return whole[:, : groups * header.shape[2] + words * word_bytes.shape[2]].contiguous()
+
+
+def _places(words: Tensor) -> Tensor:
+    """Turn index words of `conversion.panel`, int32 [..., 16], to bytes [..., 16, 4]: bits 8 b + 2 i to 2 b of byte i.
+
+    So the columns of block b come down by one shift for all of its places.
+    """
+    places = torch.zeros(*words.shape, 4, dtype=torch.uint8)
+    for block, place in itertools.product(range(4), range(4)):
+        places[..., place] |= (words >> (8 * block + 2 * place) & 3).to(torch.uint8) << 2 * block
+    return places
 
 
 def _bytes(tensor: Tensor) -> Tensor:

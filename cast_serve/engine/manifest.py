@@ -6,7 +6,7 @@ from pathlib import Path
 
 from conversion.errors import InputError
 
-VERSION = 2
+VERSION = 3
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ if TYPE_CHECKING:
 
 __all__ = ["GRAPH", "export"]
 
-GRAPH = 3
+GRAPH = 4
 """Of the graphs that `export` makes. It goes up when they change: what was made before is then made anew."""
 
 

@@ -38,7 +38,7 @@ from conversion.tokenizer import load_tokenizer
 
 MODEL = "model.onnx"
 MANIFEST = "cast_onnx.json"
-MANIFEST_VERSION = 2
+MANIFEST_VERSION = 3
 PAGE = 4096  # large initializers start on a page, so that ONNX Runtime maps them from the file
 
 _VALUE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

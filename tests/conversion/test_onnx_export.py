@@ -283,7 +283,7 @@ def test_the_manifest_tells_what_the_engine_needs(sparse_llama, tmp_path):
     sizes = {t.name: np.prod(t.dims) * (4 if t.data_type != onnx.TensorProto.INT64 else 8)
              for t in initializers(tmp_path / "onnx").values()}  # fmt: skip
     assert manifest == {
-        "version": 2,
+        "version": 3,
         "graph": GRAPH,
         "pattern": "2:4",
         "value_dtype": "float32",

@@ -72,12 +72,7 @@ struct Avx2Bytes {
   }
   static Ints high(Ints bytes) { return low(_mm256_srli_epi16(bytes, 4)); }
   static Ints columns(Ints words, int block) {
-    // The block's byte four times; shifted by 4 in the upper half of a lane, then by 2 in odd bytes.
-    const Ints four = _mm256_set1_epi32(0x01010101 * block);
-    const Ints lane = _mm256_setr_epi32(0, 0x04040404, 0x08080808, 0x0c0c0c0c, 0, 0x04040404, 0x08080808, 0x0c0c0c0c);
-    const Ints bytes = _mm256_shuffle_epi8(words, _mm256_add_epi8(four, lane));
-    const Ints halves = _mm256_blend_epi16(bytes, _mm256_srli_epi16(bytes, 4), 0xaa);
-    const Ints fields = _mm256_blendv_epi8(halves, _mm256_srli_epi16(halves, 2), _mm256_set1_epi16(-256));
+    const Ints fields = _mm256_srli_epi16(words, 2 * block);
     const int first = block % 2 ? 0x0c0c0808 : 0x04040000;
     return _mm256_or_si256(_mm256_and_si256(fields, _mm256_set1_epi8(3)), _mm256_set1_epi32(first));
   }

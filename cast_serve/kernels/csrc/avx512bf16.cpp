@@ -12,14 +12,23 @@ namespace {
 constexpr int64_t kBlockColumns = 2048;  // as in tile.h: x and weights of a block stay in the caches
 constexpr int kRows = 8;
 
-// Where the inputs of group `group` of a word are among the word's 32: column of slot 0 in the low half of each lane, of
-// slot 1 in the high half.
-inline __m512i columns(__m512i words, int group) {
-  const int64_t lane = (4 * group) | (4 * group + 2) << 16;  // the bits from there on go to bytes 0 and 2
-  const __m512i fields = _mm512_multishift_epi64_epi8(_mm512_set1_epi64(lane | (lane + 0x00200020) << 32), words);
-  const int first = 4 * group * 0x00010001;
-  return _mm512_ternarylogic_epi32(fields, _mm512_set1_epi32(0x00030003), _mm512_set1_epi32(first), 0xea);  // (a & b) | c
-}
+// The columns of a word's slots, slot 0's in the low half of each lane and slot 1's in the high half: of groups 0 .. 3, then
+// of groups 4 .. 7, four bits from one to the next.
+struct Halves {
+  __m512i of[2];
+  explicit Halves(__m512i words) {
+    const __mmask32 high = 0xaaaaaaaa;
+    of[0] = _mm512_mask_blend_epi16(high, words, _mm512_slli_epi32(words, 14));
+    of[1] = _mm512_mask_blend_epi16(high, _mm512_srli_epi32(words, 16), _mm512_srli_epi32(words, 2));
+  }
+
+  // Where the inputs of group `group` are among the word's 32.
+  __m512i columns(int group) const {
+    const __m512i fields = _mm512_srli_epi16(of[group / 4], 4 * (group % 4));
+    const int first = 4 * group * 0x00010001;
+    return _mm512_ternarylogic_epi32(fields, _mm512_set1_epi16(3), _mm512_set1_epi32(first), 0xea);  // (a & b) | c
+  }
+};
 
 // sums += groups 0 .. count - 1 of a word.
 template <int Rows, int Sums>
@@ -27,9 +36,10 @@ inline __attribute__((always_inline)) void add_word(const uint16_t* x, int64_t s
                                                     int count, __m512 (&sums)[Rows][Sums]) {
   __m512i inputs[Rows];
   for (int m = 0; m < Rows; ++m) inputs[m] = _mm512_loadu_si512(x + m * stride);
+  const Halves halves(words);
 #pragma GCC unroll 8
   for (int g = 0; g < count; ++g) {
-    const __m512i c = columns(words, g), weights = _mm512_loadu_si512(w + g * 2 * kPanelRows);
+    const __m512i c = halves.columns(g), weights = _mm512_loadu_si512(w + g * 2 * kPanelRows);
     for (int m = 0; m < Rows; ++m) {
       __m512& sum = sums[m][g % Sums];
       sum = _mm512_dpbf16_ps(sum, (__m512bh)_mm512_permutexvar_epi16(c, inputs[m]), (__m512bh)weights);

@@ -21,10 +21,8 @@ struct Vnni {
   static Ints low(Ints bytes) { return _mm512_and_si512(_mm512_slli_epi32(bytes, 4), _mm512_set1_epi8(-16)); }
   static Ints high(Ints bytes) { return _mm512_and_si512(bytes, _mm512_set1_epi8(-16)); }
   static Ints columns(Ints words, int block) {
-    // Byte d of a lane takes the bits from 8 * block + 2 * d on; two lanes share a 64-bit element.
-    const int64_t lane = 0x06040200 + 0x08080808 * block;
-    const Ints fields = _mm512_multishift_epi64_epi8(_mm512_set1_epi64(lane | (lane + 0x20202020) << 32), words);
     const int first = 0x04040000 + 0x08080808 * block;
+    const Ints fields = _mm512_srli_epi16(words, 2 * block);
     return _mm512_ternarylogic_epi32(fields, _mm512_set1_epi8(3), _mm512_set1_epi32(first), 0xea);  // (a & b) | c
   }
   // All 32 are in one table: no broadcast of 16, which would compete with the picks for the shuffle units.
@@ -53,22 +51,22 @@ struct Vnni {
   static Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
 
   static float quantize(const float* x, int64_t columns, int offset, uint8_t* q) {
-    // What is not finite must not vanish in a rounded integer: times zero it is NaN, which the scale then carries.
-    Floats most = _mm512_setzero_ps(), poison = most;
-    for (int64_t k = 0; k < columns; k += W) {
-      const __mmask16 mask = columns - k < W ? (1u << (columns - k)) - 1 : 0xffff;
-      const Floats v = _mm512_maskz_loadu_ps(mask, x + k);
-      most = _mm512_max_ps(most, _mm512_abs_ps(v));
-      poison = _mm512_fmadd_ps(v, _mm512_setzero_ps(), poison);
-    }
-    const float largest = _mm512_reduce_max_ps(most);
+    // Magnitudes compare as the integers of their bits do, and what is not finite is the largest.
+    const Ints magnitude = _mm512_set1_epi32(0x7fffffff);
+    Ints most = _mm512_setzero_si512();
+    int64_t k = 0;
+    for (; k + W <= columns; k += W) most = _mm512_max_epi32(most, _mm512_and_si512(load(x + k), magnitude));
+    const __mmask16 rest = (1u << (columns - k)) - 1;
+    most = _mm512_max_epi32(most, _mm512_and_si512(_mm512_maskz_loadu_epi32(rest, x + k), magnitude));
+    const float largest = _mm512_cvtss_f32(_mm512_castsi512_ps(_mm512_set1_epi32(_mm512_reduce_max_epi32(most))));
     const Floats inverse = _mm512_set1_ps(largest > 0 ? 127.0f / largest : 0.0f);
-    for (int64_t k = 0; k < columns; k += W) {
-      const __mmask16 mask = columns - k < W ? (1u << (columns - k)) - 1 : 0xffff;
-      const Ints rounded = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_maskz_loadu_ps(mask, x + k), inverse));
-      _mm512_mask_cvtepi32_storeu_epi8(q + k, mask, _mm512_add_epi32(rounded, _mm512_set1_epi32(offset)));
-    }
-    return largest / 127.0f + _mm512_reduce_add_ps(poison);
+    const auto rounded = [&](Floats v) {
+      return _mm512_cvtepi32_epi8(_mm512_add_epi32(_mm512_cvtps_epi32(_mm512_mul_ps(v, inverse)), _mm512_set1_epi32(offset)));
+    };
+    for (k = 0; k + W <= columns; k += W)
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(q + k), rounded(_mm512_loadu_ps(x + k)));
+    if (rest) _mm_mask_storeu_epi8(q + k, rest, rounded(_mm512_maskz_loadu_ps(rest, x + k)));
+    return largest / 127.0f + (largest - largest);  // NaN if it is not finite: times zero too
   }
 };
 

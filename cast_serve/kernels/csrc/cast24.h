@@ -76,7 +76,8 @@ CAST24_API int64_t cast24_linear_bitmask_bf16(const float* x, const uint16_t* va
 /* Quantized weights, 2:4 or dense: int8 (-127..127) or int4, a float scale for each row and group of columns. K is a
  * multiple of 8, `group` 32, 64, 128 or 256. A panel of 16 rows is one run of bytes, read front to back; for each group:
  *   scale f32 [16], sum i16 [16] of the group's integers, then for each 32 columns (K is padded with zeros):
- *   2:4    index u32 [16] as above; int8 [4, 16, 4]: block b has the four kept of columns 8 b .. 8 b + 7 of each row;
+ *   2:4    index u8 [16, 4]: byte i of a row has, in bits 2 b and 2 b + 1, the column within its group (0..3) of what block
+ *          b keeps in place i; int8 [4, 16, 4]: block b has the four kept of columns 8 b .. 8 b + 7 of each row;
  *          or int4 [2, 16, 4] bytes: byte c has block 2 c in its low half, block 2 c + 1 in its high half
  *   dense  int8 [8, 16, 4]: block b has columns 4 b .. 4 b + 3; or int4 [4, 16, 4] bytes, halves as above
  */

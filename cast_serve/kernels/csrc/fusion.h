@@ -52,12 +52,12 @@ struct Output {
   template <class F>
   void with_tile(int64_t row, int64_t rows, int64_t first, int64_t width, const F& f) const {
     alignas(64) float tile[kTileRows * kTileWidth];
-    alignas(64) float start[kTileWidth] = {};
     const int64_t outputs = std::min(N - first, width);
-    if (bias) memcpy(start, bias + first, outputs * sizeof(float));
     // By panels, whose size the compiler knows.
     for (int64_t m = 0; m < rows; ++m)
-      for (int64_t n = 0; n < width; n += kPanelRows) memcpy(tile + m * kTileWidth + n, start + n, kPanelRows * sizeof(float));
+      for (int64_t n = 0; n < width; n += kPanelRows) memset(tile + m * kTileWidth + n, 0, kPanelRows * sizeof(float));
+    if (bias)
+      for (int64_t m = 0; m < rows; ++m) memcpy(tile + m * kTileWidth, bias + first, outputs * sizeof(float));
     f(tile);
     for (int64_t m = 0; m < rows; ++m) {
       float* from = tile + m * kTileWidth;

@@ -69,12 +69,8 @@ struct NeonBytes {
   static Ints low(Ints bytes) { return vshlq_n_s8(bytes, 4); }
   static Ints high(Ints bytes) { return vandq_s8(bytes, vdupq_n_s8(-16)); }
   static Ints columns(Ints words, int block) {
-    // The block's byte four times in each lane; its four fields of two bits brought down, each in a byte of its own.
-    const uint32x4_t lanes = {0x00000000, 0x04040404, 0x08080808, 0x0c0c0c0c};
-    const uint8x16_t byte = vreinterpretq_u8_u32(vaddq_u32(lanes, vdupq_n_u32(0x01010101u * static_cast<uint32_t>(block))));
-    const uint8x16_t four = vqtbl1q_u8(vreinterpretq_u8_s8(words), byte);
-    const int8x16_t down = vreinterpretq_s8_u32(vdupq_n_u32(0xfafcfe00u));  // by 0, 2, 4, 6 bits
-    const uint8x16_t fields = vandq_u8(vshlq_u8(four, down), vdupq_n_u8(3));
+    const uint8x16_t down = vshlq_u8(vreinterpretq_u8_s8(words), vdupq_n_s8(static_cast<int8_t>(-2 * block)));
+    const uint8x16_t fields = vandq_u8(down, vdupq_n_u8(3));
     const uint8x16_t first = vreinterpretq_u8_u32(vdupq_n_u32(0x04040000u + 0x08080808u * static_cast<uint32_t>(block)));
     return vreinterpretq_s8_u8(vaddq_u8(fields, first));
   }

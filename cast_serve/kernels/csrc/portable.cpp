@@ -125,7 +125,7 @@ struct PortableBytes {
     Ints v;
     for (int i = 0; i < W; ++i)
       for (int b = 0; b < 4; ++b)
-        v.byte[i][b] = static_cast<int8_t>((static_cast<uint8_t>(words.byte[i][block]) >> 2 * b & 3) + b / 2 * 4 + block * 8);
+        v.byte[i][b] = static_cast<int8_t>((static_cast<uint8_t>(words.byte[i][b]) >> 2 * block & 3) + b / 2 * 4 + block * 8);
     return v;
   }
   static Inputs inputs(const uint8_t* p) { return p; }

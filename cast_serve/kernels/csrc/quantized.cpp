@@ -63,6 +63,17 @@ inline void set_weight(const QuantizedLayout& layout, uint8_t* values, int block
     values[block / 2 * 64 + row * 4 + four] |= static_cast<uint8_t>((weight & 15) << block % 2 * 4);
 }
 
+// Index bytes of a row where nothing is kept: columns 0 and 1 of every group.
+constexpr uint8_t kPlaces[4] = {0x00, 0x55, 0x00, 0x55};
+
+// Index bytes of a row as a word of the float layouts: bits 8 b + 2 i are bits 2 b of byte i.
+inline uint32_t index_word(const uint8_t* places) {
+  uint32_t word = 0;
+  for (int block = 0; block < 4; ++block)
+    for (int place = 0; place < 4; ++place) word |= (places[place] >> 2 * block & 3u) << (8 * block + 2 * place);
+  return word;
+}
+
 // Element i of a row of the portable format: int8, or two int4 in a byte, the first in its low half.
 inline int8_t stored(int bits, const uint8_t* row, int64_t i) {
   if (bits == 8) return static_cast<int8_t>(row[i]);
@@ -79,7 +90,7 @@ int64_t pack_quantized_panel(const QuantizedLayout& layout, const uint8_t* value
     float* row_scale = reinterpret_cast<float*>(header);
     int16_t* sum = reinterpret_cast<int16_t*>(header + kGroupSums);
     for (int row = 0; row < kPanelRows; ++row) {
-      if (layout.sparse) reinterpret_cast<uint32_t*>(at)[row] = kPadding;
+      if (layout.sparse) memcpy(at + row * 4, kPlaces, sizeof kPlaces);
       if (first_row + row >= N) continue;
       row_scale[row] = scale[(first_row + row) * scales + g * layout.group / scale_columns];
       const uint8_t* source = values + (first_row + row) * (kept * layout.bits / 8);
@@ -92,8 +103,10 @@ int64_t pack_quantized_panel(const QuantizedLayout& layout, const uint8_t* value
           const uint32_t pairs = (kColumns[mask & 15] | kColumns[mask >> 4] << 4) & 255;
           for (int half = 0; half < 2; ++half)
             if (kColumns[mask >> 4 * half & 15] == kNoPair && bad < 0) bad = ((first_row + row) * K + column) / 4 + half;
-          uint32_t& index = reinterpret_cast<uint32_t*>(at)[row];
-          index = (index & ~(255u << 8 * block)) | pairs << 8 * block;
+          for (int place = 0; place < 4; ++place) {
+            uint8_t& index = at[row * 4 + place];
+            index = static_cast<uint8_t>((index & ~(3u << 2 * block)) | (pairs >> 2 * place & 3) << 2 * block);
+          }
         }
         for (int four = 0; four < 4; ++four) {
           const int8_t weight = stored(layout.bits, source, (layout.sparse ? column / 2 : column) + four);
@@ -144,7 +157,7 @@ struct FloatPanel {
   void fill(const QuantizedLayout& layout, const uint8_t* panel) {
     for_words(layout, panel, [&](int64_t, const uint8_t* header, int64_t word, const uint8_t* at) {
       const float* scale = reinterpret_cast<const float*>(header);
-      memcpy(indices.get() + word * kPanelRows, at, 64);
+      for (int row = 0; row < kPanelRows; ++row) indices[word * kPanelRows + row] = index_word(at + row * 4);
       float* out = values.get() + word * kWordColumns / 2 * kPanelRows;
       for (int block = 0; block < 4; ++block)
         for (int four = 0; four < 4; ++four, out += kPanelRows)  // a block is two groups of two slots

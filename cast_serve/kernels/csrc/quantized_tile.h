@@ -54,49 +54,17 @@ struct QuantizedTile {
     return block % 2 ? Q::high(both) : Q::low(both);
   }
 
-  // What one word's picks and dots take. Many rows of x share it, where that is worth the way through memory: where there
-  // are columns to find.
-  struct Word {
-    Ints weights[kVecs][kBlocks];
-    Ints columns[kVecs][kBlocks];
-  };
-
-  // The words of groups begin <= g < end, taken apart; `panel` points at the first group.
-  static void take_apart(const QuantizedLayout& layout, int64_t begin, int64_t end, const uint8_t* panel, Word* out) {
-    const int64_t group_words = layout.group / kWordColumns;
-    int64_t word = begin * group_words;
-    for (int64_t g = begin; g < end; ++g) {
-      prefetch<Rows, kGroupHeader>(panel);
-      panel += kGroupHeader;
-      const int64_t next = word + group_words < layout.words ? word + group_words : layout.words;
-      for (; word < next; ++word, ++out, panel += kWordBytes) {
-        prefetch<Rows, kWordBytes>(panel);
-        for (int v = 0; v < kVecs; ++v)
-#pragma GCC unroll 8
-          for (int b = 0; b < kBlocks; ++b) {
-            out->weights[v][b] = weights(panel + 64, b, v);
-            out->columns[v][b] = Q::columns(Q::load(panel + v * 4 * Q::W), b);
-          }
-      }
-    }
-  }
-
-  // tile[:Rows, :16] += x W^T over groups begin <= g < end; `panel` points at the first of them, `apart` at its words taken
-  // apart, or is nullptr if that is to be done here.
-  template <bool Apart>
+  // tile[:Rows, :16] += x W^T over groups begin <= g < end; `panel` points at the first of them.
   static void accumulate(const QuantizedRows& x, int64_t first, const QuantizedLayout& layout, int64_t begin, int64_t end,
-                         const uint8_t* panel, const Word* apart, float* tile) {
+                         const uint8_t* panel, float* tile) {
     const int64_t group_words = layout.group / kWordColumns, stride = layout.x_stride;
     const uint8_t* q = x.q + first * stride + begin * layout.group;
     const float* x_scale = x.scale + first * layout.groups;
-    Floats sums[Rows][kVecs];
-    for (int m = 0; m < Rows; ++m)
-      for (int v = 0; v < kVecs; ++v) sums[m][v] = Q::load_floats(tile + m * kTileWidth + v * Q::W);
     int64_t word = begin * group_words;
     for (int64_t g = begin; g < end; ++g) {
       const float* scale = reinterpret_cast<const float*>(panel);
       const int16_t* sum = reinterpret_cast<const int16_t*>(panel + kGroupSums);
-      if constexpr (!Apart) prefetch<Rows, kGroupHeader>(panel);
+      prefetch<Rows, kGroupHeader>(panel);
       panel += kGroupHeader;
       Sums dots[Rows][kVecs][kSums];
       for (int v = 0; v < kVecs; ++v) {
@@ -105,8 +73,8 @@ struct QuantizedTile {
           for (int s = 0; s < kSums; ++s) dots[m][v][s] = s == 0 ? start : Q::zero();
       }
       const int64_t next = word + group_words < layout.words ? word + group_words : layout.words;
-      for (; word < next; ++word, ++apart, panel += kWordBytes, q += kWordColumns) {
-        if constexpr (!Apart) prefetch<Rows, kWordBytes>(panel);
+      for (; word < next; ++word, panel += kWordBytes, q += kWordColumns) {
+        prefetch<Rows, kWordBytes>(panel);
         const uint8_t* values = panel + (Sparse ? 64 : 0);
         for (int v = 0; v < kVecs; ++v) {
           if constexpr (Sparse) {
@@ -114,8 +82,8 @@ struct QuantizedTile {
             for (int m = 0; m < Rows; ++m) inputs[m] = Q::inputs(q + m * stride);
 #pragma GCC unroll 4
             for (int b = 0; b < 4; ++b) {
-              const Ints columns = Apart ? apart->columns[v][b] : Q::columns(Q::load(panel + v * 4 * Q::W), b);
-              const Ints w = Apart ? apart->weights[v][b] : weights(values, b, v);
+              const Ints columns = Q::columns(Q::load(panel + v * 4 * Q::W), b);
+              const Ints w = weights(values, b, v);
               for (int m = 0; m < Rows; ++m)
                 dots[m][v][b % kSums] = Q::dot(dots[m][v][b % kSums], Q::pick(inputs[m], columns, b), w);
             }
@@ -135,12 +103,12 @@ struct QuantizedTile {
         for (int m = 0; m < Rows; ++m) {
           Sums dot = dots[m][v][0];
           for (int s = 1; s < kSums; ++s) dot = Q::add(dot, dots[m][v][s]);
-          sums[m][v] = Q::fma(Q::to_float(dot), Q::mul(row_scale, Q::set(x_scale[m * layout.groups + g] * kUnit)), sums[m][v]);
+          float* const sum = tile + m * kTileWidth + v * Q::W;
+          const Floats unit = Q::mul(row_scale, Q::set(x_scale[m * layout.groups + g] * kUnit));
+          Q::store_floats(sum, Q::fma(Q::to_float(dot), unit, Q::load_floats(sum)));
         }
       }
     }
-    for (int m = 0; m < Rows; ++m)
-      for (int v = 0; v < kVecs; ++v) Q::store_floats(tile + m * kTileWidth + v * Q::W, sums[m][v]);
   }
 };
 
@@ -156,20 +124,12 @@ struct QuantizedRowBlocks {
 
   template <int Rows>
   void rows(int64_t first) const {
-    QuantizedTile<Q, Bits, Sparse, Rows>::template accumulate<false>(x, row + first, layout, begin, end, panel, nullptr,
-                                                                     tile + first * kTileWidth);
+    QuantizedTile<Q, Bits, Sparse, Rows>::accumulate(x, row + first, layout, begin, end, panel, tile + first * kTileWidth);
   }
 
   void run(int64_t rows) const {
     constexpr int kMost = Q::kTileRows;
-    if (!Sparse || rows < 2 * kMost) return for_row_blocks<kMost>(rows, *this);
-    using Tile = QuantizedTile<Q, Bits, Sparse, kMost>;
-    typename Tile::Word apart[kQuantizedBlock / kWordColumns];
-    Tile::take_apart(layout, begin, end, panel, apart);
-    int64_t m = 0;
-    for (; m + kMost <= rows; m += kMost)
-      Tile::template accumulate<true>(x, row + m, layout, begin, end, panel, apart, tile + m * kTileWidth);
-    QuantizedRowBlocks{x, row + m, layout, begin, end, panel, tile + m * kTileWidth}.run(rows - m);
+    return for_row_blocks<kMost>(rows, *this);
   }
 };
 
