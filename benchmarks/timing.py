@@ -1,10 +1,12 @@
 """Timing alternatives side by side, so that a drift of the machine falls on all of them."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from statistics import median
 
 import numpy as np
+from numpy.typing import NDArray
 
 
 @dataclass(frozen=True)
@@ -16,6 +18,17 @@ class Timing:
     """25th percentile."""
     high: float
     """75th percentile."""
+    turns: list[float]
+    """The median of each turn."""
+
+
+def times_as_fast(timing: Timing, others: Iterable[Timing]) -> float:
+    """How many times as fast one is as the fastest of others, turn by turn, and the median of that.
+
+    Medians of all turns would compare a machine that changes its speed in between with itself.
+    """
+    best = map(min, zip(*(other.turns for other in others), strict=True))
+    return median(other / own for other, own in zip(best, timing.turns, strict=True))
 
 
 def interleave(
@@ -50,4 +63,9 @@ def interleave(
                 if call > 0:
                     seconds[name].append(elapsed)
         after_round()
-    return {name: Timing(*np.percentile(taken, [50, 25, 75]).tolist()) for name, taken in seconds.items()}
+    return {name: _timing(np.reshape(taken, (rounds, calls))) for name, taken in seconds.items()}
+
+
+def _timing(turns: NDArray[np.float64]) -> Timing:
+    low, middle, high = np.percentile(turns, [25, 50, 75]).tolist()
+    return Timing(middle, low, high, np.median(turns, axis=1).tolist())

@@ -20,7 +20,7 @@ from rich.table import Table
 
 from benchmarks.kernels.candidates import BASELINES, Candidate, candidates, memory_read, random_bitmask
 from benchmarks.load.machine import available_cores, this_machine
-from benchmarks.timing import Timing, interleave
+from benchmarks.timing import interleave, times_as_fast
 from cast_serve import kernels
 from cast_serve.kernels import prepack
 
@@ -52,14 +52,14 @@ def measure(
     for batch in batch_sizes:
         x = [torch.randn(batch, columns) for _ in range(8)]
         built = candidates(rows, columns, x) | {MEMORY: memory}
-        timings: dict[str, Timing] = interleave(
+        timings = interleave(
             {name: candidate.call for name, candidate in built.items()},
             rounds=rounds,
             calls=6 if batch <= 8 else 2,
             after_round=advance,
         )
-        bandwidth = memory.weight_bytes / timings[MEMORY].median
-        best = {kind: min(timings[name].median for name in names) for kind, names in BASELINES.items()}
+        share = {name: candidate.weight_bytes / memory.weight_bytes for name, candidate in built.items()}
+        baselines = {kind: [timings[name] for name in names] for kind, names in BASELINES.items()}
         records += [
             {
                 "rows": rows,
@@ -70,8 +70,8 @@ def measure(
                 "seconds_p25": timing.low,
                 "seconds_p75": timing.high,
                 "weight_bytes": built[name].weight_bytes,
-                "of_read_bandwidth": built[name].weight_bytes / timing.median / bandwidth,
-                "speedup_over_best_dense": {kind: seconds / timing.median for kind, seconds in best.items()},
+                "of_read_bandwidth": share[name] * times_as_fast(timing, [timings[MEMORY]]),
+                "speedup_over_best_dense": {kind: times_as_fast(timing, dense) for kind, dense in baselines.items()},
             }
             for name, timing in timings.items()
         ]

@@ -1,4 +1,4 @@
-// Quantized weights by AVX-512 with VNNI (four byte products in one instruction) and VBMI (bit fields to bytes).
+// Quantized weights by AVX-512 with VNNI (four byte products in one instruction) and VBMI (bytes from a table).
 #if defined(__x86_64__)
 #include <immintrin.h>
 
@@ -22,6 +22,7 @@ struct Vnni {
   static Ints high(Ints bytes) { return _mm512_and_si512(bytes, _mm512_set1_epi8(-16)); }
   static Ints columns(Ints words, int block) {
     const int first = 0x04040000 + 0x08080808 * block;
+    // A shift: bit fields by VBMI would take the units that dots and picks keep busy.
     const Ints fields = _mm512_srli_epi16(words, 2 * block);
     return _mm512_ternarylogic_epi32(fields, _mm512_set1_epi8(3), _mm512_set1_epi32(first), 0xea);  // (a & b) | c
   }
