@@ -69,7 +69,7 @@ def measure(
         for candidate in [*candidates[first:], *candidates[:first]]:
             job = Job(
                 candidate.runtime,
-                str(candidate.path(sources)),
+                str(candidate.path(sources).absolute()),
                 plan.threads,
                 plan.prompts,
                 plan.long_prompt,
@@ -97,7 +97,7 @@ def score(
     for candidate in candidates:
         key = f"{candidate.name} {text}"
         if key not in known:
-            job = Job(candidate.runtime, str(candidate.path(sources)), threads, windows=windows)
+            job = Job(candidate.runtime, str(candidate.path(sources).absolute()), threads, windows=windows)
             known[key] = math.exp(-float(run(candidate, job)) / tokens)
             write_text(record, json.dumps(known, indent=1) + "\n")
         found[candidate.name] = known[key]

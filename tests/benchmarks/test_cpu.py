@@ -68,7 +68,8 @@ def test_without_llama_cpp_the_rest_is_compared(monkeypatch: pytest.MonkeyPatch)
         candidates.chosen(["3:5"])
 
 
-def test_the_whole_command(tmp_path: Path) -> None:
+def test_the_whole_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     save_model(tmp_path / "dense")
     make_model(CONFIGS["llama"], sparse=True).save_pretrained(tmp_path / "sparse")
     tokenizer().save_pretrained(tmp_path / "sparse")
@@ -77,7 +78,7 @@ def test_the_whole_command(tmp_path: Path) -> None:
 
     def run() -> None:
         cpu.main(
-            work=tmp_path / "work",
+            work=Path("work"),
             dense=tmp_path / "dense",
             sparse=tmp_path / "sparse",
             heldout=tmp_path / "text.txt",
