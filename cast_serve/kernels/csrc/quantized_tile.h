@@ -126,11 +126,6 @@ struct QuantizedRowBlocks {
   void rows(int64_t first) const {
     QuantizedTile<Q, Bits, Sparse, Rows>::accumulate(x, row + first, layout, begin, end, panel, tile + first * kTileWidth);
   }
-
-  void run(int64_t rows) const {
-    constexpr int kMost = Q::kTileRows;
-    return for_row_blocks<kMost>(rows, *this);
-  }
 };
 
 // Blocks of groups outside, blocks of rows inside: the weights of a block come to the first-level cache once.
@@ -141,7 +136,8 @@ void quantized_blocks(const QuantizedRows& x, int64_t first, int64_t rows, const
   const int64_t group_bytes = kGroupHeader + layout.group / kWordColumns * layout.word_bytes;
   for (int64_t begin = 0; begin < layout.groups; begin += block) {
     const int64_t end = begin + block < layout.groups ? begin + block : layout.groups;
-    QuantizedRowBlocks<Q, Bits, Sparse>{x, first, layout, begin, end, panel + begin * group_bytes, tile}.run(rows);
+    for_row_blocks<Q::kTileRows>(
+        rows, QuantizedRowBlocks<Q, Bits, Sparse>{x, first, layout, begin, end, panel + begin * group_bytes, tile});
   }
 }
 
