@@ -15,7 +15,7 @@ demo: $(VENV)/.installed
 		--data $(DEMO)/train.jsonl --heldout $(DEMO)/heldout.jsonl --out $(DEMO)/out
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal
 
 # vLLM for CPUs pins versions that the rest does not have, so it lives in an environment of its own:
 # .venv-vllm/bin/vllm serves packed directories, cast serve --engine vllm too.

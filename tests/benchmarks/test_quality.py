@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from typer.testing import CliRunner, Result
 
 from benchmarks import quality
@@ -24,7 +23,6 @@ SMALL = (
 @pytest.fixture
 def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    torch.set_num_threads(1)  # tiny models lose a hundredfold on more where other processes keep the cores busy
     return {
         "model": save_model(tmp_path / "model"),
         "train": write_text(tmp_path / "train.txt"),

@@ -11,11 +11,6 @@ from benchmarks.training import measure
 from cast_train.config import CastConfig
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 def make() -> PreTrainedModel:
     torch.manual_seed(0)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPES["tiny"]), dtype=torch.float32)

@@ -59,6 +59,14 @@ def interpreted() -> Iterator[Interpreted]:
         yield importlib.import_module
 
 
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """Kernels share their work between two threads; other tests run in one."""
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(params=kernels.ISAS)
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each instruction set of the kernel library that this machine has, in use during the test."""

@@ -9,6 +9,7 @@ from tests.cast_serve.sparse_layers import random_layer
 from tests.cast_serve.test_kernels import assert_close
 
 prepack = cast_serve.kernels.prepack
+pytestmark = pytest.mark.usefixtures("two_threads")
 ops = torch.ops.cast24
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -29,12 +30,8 @@ def test_threads_do_not_change_the_result() -> None:
     layer = random_layer(330, 576, torch.float32)
     panels, x = prepack(layer.values, layer.bitmask), torch.randn(5, 576)
     several = ops.linear_packed(x, *panels, 330)
-    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    try:
-        assert torch.equal(ops.linear_packed(x, *panels, 330), several)
-    finally:
-        torch.set_num_threads(threads)
+    assert torch.equal(ops.linear_packed(x, *panels, 330), several)
 
 
 @pytest.mark.parametrize("shape", [(40,), (2, 3, 40), (0, 40), (2, 0, 40)])

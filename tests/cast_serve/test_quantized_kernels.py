@@ -17,6 +17,8 @@ SHAPES = [(1, 8), (33, 40), (80, 576)]
 FORMATS = [Quantization(INT8, None), Quantization(INT8, 32), Quantization(INT4, 64), Quantization(INT4, 128)]
 linear = torch.ops.cast24.linear_quantized
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 
 def quantized_layer(
     rows: int, columns: int, quantization: Quantization, *, sparse: bool

@@ -62,6 +62,5 @@ def run(arguments: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
     for listed in json.loads(sys.argv[1]):
         run(listed)

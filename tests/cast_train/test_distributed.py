@@ -156,7 +156,7 @@ def test_accelerate_launch_trains_as_one_process_does(trained: Trained) -> None:
     accelerate += ["--main_process_port", "0"]  # any that is free
     process = subprocess.run(
         [*accelerate, "-m", "cast_serve.cli", *command, "--out", str(trained.root / "launched")],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(trained.root / "xdg")},
+        env=os.environ | {"XDG_CACHE_HOME": str(trained.root / "xdg")},
         capture_output=True,
         text=True,
         check=False,
