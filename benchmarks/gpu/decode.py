@@ -24,6 +24,7 @@ from cast_serve.kernels.cuda.random_weights import QuantizedWeight, Weight
 from cast_serve.kernels.cuda.timing import copy_bandwidth, seconds_per_call
 from cast_serve.torch_model.gpu_linear import QUANTIZED, SPARSE
 from cast_serve.torch_model.modules import PackedLinear, QuantizedLinear
+from conversion.atomic import write_text
 from conversion.quantization.formats import FP8, INT4, INT8, ValueFormat
 
 DTYPE = torch.bfloat16
@@ -72,14 +73,14 @@ MakeOnDevice = Callable[[torch.device, int, int], nn.Module]
 sparse_int4 = partial(quantized, values=INT4, group_size=128)
 FORMS: dict[str, tuple[MakeOnDevice, MakeOnDevice]] = {
     "dense bf16": (dense, dense),
+    "dense fp8 (cuBLAS)": (DenseFp8, dense),
     "2:4 bf16": (sparse, dense),
     "2:4 fp8": (partial(quantized, values=FP8, group_size=None), dense),
     "2:4 int8": (partial(quantized, values=INT8, group_size=None), dense),
     "2:4 int4 g128": (sparse_int4, dense),
     "2:4 int4 g128, int8 lm_head": (sparse_int4, dense_int8),
-    "dense fp8 (cuBLAS)": (DenseFp8, dense),
 }
-"""The linears of the blocks, and lm_head."""
+"""The linears of the blocks, and lm_head; what is compared with first."""
 
 
 def copies_of_one(make: MakeLinear) -> MakeLinear:
@@ -118,9 +119,10 @@ def measure(name: str, shape: LlamaConfig, batches: list[int], context: int, dev
     decoder = Decoder(
         shape, copies_of_one(partial(linear, device)), partial(lm_head, device), context + 1, device, DTYPE
     )
-    if device.type == "cuda":
-        for block in decoder.blocks:
-            block.compile(dynamic=False)
+    # forms share their code: each is compiled from the start, for all batches, or fails
+    torch.compiler.reset()
+    for block in decoder.blocks:
+        block.compile(dynamic=False, fullgraph=True, backend="inductor" if device.type == "cuda" else "eager")
     seconds = {batch: step_seconds(decoder, batch, context) for batch in batches}
     return {"weight_bytes": weight_bytes(decoder), "seconds": seconds}
 
@@ -140,10 +142,13 @@ def main(
     bandwidth = 0.0 if tiny else copy_bandwidth()
     found: dict[str, Any] = {}
     failed = False
-    with torch.inference_mode():
+    # what is not compiled is no comparison
+    with torch.inference_mode(), torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
         for name in form or (on_cpu if tiny else list(FORMS)):
             try:
                 found[name] = measure(name, config, BATCHES, 8 if tiny else context, device)
+                if device.type == "cuda":
+                    torch.cuda.empty_cache()
             except Exception as failure:  # a compiler has many; the other forms must still run
                 found[name] = {"failure": f"{type(failure).__name__}: {failure}"[:2000]}
                 failed = True
@@ -151,9 +156,7 @@ def main(
             if out is not None:
                 out.mkdir(parents=True, exist_ok=True)
                 record = {"shape": shape, "context": context, "copy_bandwidth": bandwidth, "forms": found}
-                (out / "decode.json").write_text(json.dumps(record, indent=1) + "\n")
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
+                write_text(out / "decode.json", json.dumps(record, indent=1) + "\n")
     raise typer.Exit(1 if failed else 0)
 
 

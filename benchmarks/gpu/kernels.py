@@ -1,6 +1,6 @@
 """`python -m benchmarks.gpu.kernels`: the GPU kernels, right first and fast second.
 
-In this order, each part written to a JSON file of its own as it ends: correctness at odd shapes; decode (1 to 64 rows
+In this order, each part in a JSON file of its own that grows with it: correctness at odd shapes; decode (1 to 64 rows
 of x) beside cuBLAS, on a dense weight, and cuSPARSELt; CUDA graphs, streams and torch.compile; decode with quantized
 weights; prefill, quantized weights too; other tiles of the kernel for many rows, other cuts of the one for few. Weights
 are read from memory: each call has its own copy, and copies are several times the cache.
@@ -8,25 +8,22 @@ are read from memory: each call has its own copy, and copies are several times t
 
 import json
 import time
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import torch
 import typer
-from torch import Tensor
 
 from benchmarks.gpu import quantized
+from benchmarks.gpu.graphs import graphs
+from benchmarks.gpu.kernel_checks import DTYPE, TINY_SHAPES, correctness
 from benchmarks.gpu.kernel_checks import SHAPES as ODD_SHAPES
-from benchmarks.gpu.kernel_checks import TINY_SHAPES, correctness
 from benchmarks.gpu.machines import Rehearsal
-from cast_serve.kernels.cuda import cusparselt, torch_ops
-from cast_serve.kernels.cuda.measurement import Candidate, Gpu, Layer
-from cast_serve.kernels.cuda.plan import Plan
-from cast_serve.kernels.cuda.random_weights import Weight
+from cast_serve.kernels.cuda.measurement import Call, Candidate, Gpu, Layer
 from cast_serve.kernels.cuda.small_m import VARIANTS, Variant, plan
 from cast_serve.kernels.cuda.tiled import Tile, cut_into
+from conversion.atomic import write_text
 
 SHAPES = [(4096, 4096), (11008, 4096), (4096, 11008), (14336, 4096)]
 DECODE = [1, 2, 4, 8, 16, 32, 64]
@@ -34,9 +31,9 @@ PREFILL = [128, 256, 512, 1024, 2048, 4096, 8192]
 CUT_ROWS = [1, 8, 16, 32, 64]
 SPLITS = [1, 2, 3, 4, 6, 8, 12, 16]
 CUTS = [
-    *[Variant(1, warps_k=k, depth=4, blocks=blocks) for k in (1, 2, 4, 8) for blocks in (2, 3)],
+    *[Variant(1, warps_k=k, depth=4) for k in (1, 2, 4, 8)],
     *[Variant(1, warps_k=k, depth=2, blocks=3) for k in (2, 4, 8)],
-    *[Variant(1, warps_k=2, depth=8), Variant(1, warps_k=4, depth=8), Variant(1, warps=4, warps_k=4, blocks=6)],
+    *[Variant(1, warps_k=2, depth=8), Variant(1, warps_k=4, depth=8)],
     *[Variant(1, warps=16, warps_k=8, depth=2, blocks=1), Variant(1, warps=16, warps_k=16, depth=2, blocks=1)],
     *[Variant(2, warps_k=k, depth=4) for k in (1, 2, 4)],
     *[Variant(2, warps=4, warps_k=2, blocks=4), Variant(2, row_tiles=2, warps=4, warps_k=2, blocks=3)],
@@ -48,14 +45,28 @@ TILES = [
     *[Tile(8, row_tiles=2, warps_m=1, blocks=2), Tile(4, row_tiles=2, blocks=2)],
 ]
 TILE_ROWS = [128, 256, 1024, 4096]
-DTYPE = torch.bfloat16
 
 Shape = tuple[int, int]
+Record = dict[str, Any]
+Key = TypeVar("Key")
 
 
-def race(machine: Gpu, shapes: list[Shape], batches: list[int], bandwidth: float) -> list[dict[str, Any]]:
+def timed(
+    machine: Gpu, calls: Iterable[tuple[Key, Sequence[Call]]], **limits: Any
+) -> tuple[dict[Key, float], dict[str, str]]:
+    """Seconds of each that runs, and why the others do not."""
+    seconds: dict[Key, float] = {}
+    failures: dict[str, str] = {}
+    for key, each in calls:
+        try:
+            seconds[key] = machine.seconds(each, **limits)
+        except Exception as failure:  # each library has its own; the others must still run
+            failures[str(key)] = f"{type(failure).__name__}: {failure}"[:500]
+    return seconds, failures
+
+
+def race(machine: Gpu, shapes: list[Shape], batches: list[int], bandwidth: float) -> Iterator[Record]:
     """Seconds of every candidate, its speed-up over dense, and its weight's bytes/s as a part of the copy's."""
-    records: list[dict[str, Any]] = []
     for N, K in shapes:
         layer = Layer(N, K, machine)
         for M in batches:
@@ -64,101 +75,33 @@ def race(machine: Gpu, shapes: list[Shape], batches: list[int], bandwidth: float
                 candidates["small_m overlapping"] = Candidate(layer.small_m(M, overlap=True), layer.packed_bytes)
             if machine.has_triton and M <= 64:
                 candidates["triton"] = Candidate(layer.triton(M), layer.packed_bytes)
-            seconds: dict[str, float] = {}
-            failures: dict[str, str] = {}
-            for name, candidate in candidates.items():
-                try:
-                    seconds[name] = machine.seconds(candidate.calls)
-                except Exception as failure:  # Triton has its own; the others must still run
-                    failures[name] = str(failure)
+            seconds, failures = timed(machine, ((name, candidate.calls) for name, candidate in candidates.items()))
             rates = {name: candidates[name].weight_bytes / taken for name, taken in seconds.items()}
             speedup = {name: seconds["dense"] / taken for name, taken in seconds.items() if "dense" in seconds}
             of_copy = {name: rate / bandwidth for name, rate in rates.items()}
-            records.append(
-                {"M": M, "N": N, "K": K, "seconds": seconds, "failures": failures}
-                | {"speedup_over_dense": speedup, "of_copy_bandwidth": of_copy}
-            )
             results = [
                 f"{name} {taken * 1e6:.1f} us ({rates[name] / 1e9:.0f} GB/s, x {speedup.get(name, 0):.2f})"
                 for name, taken in seconds.items()
             ]
             print(f"{N} x {K}, M = {M}: {', '.join([*results, *(f'{name} failed' for name in failures)])}", flush=True)
-    return records
+            yield (
+                {"M": M, "N": N, "K": K, "seconds": seconds, "failures": failures}
+                | {"speedup_over_dense": speedup, "of_copy_bandwidth": of_copy}
+            )
 
 
-def graphs(machine: Gpu) -> dict[str, Any]:
-    """Whether the operator gives the same in CUDA graphs, on several streams at once, and compiled."""
-    N, K, device = 1536, 1024, machine.device
-    weight, bias = Weight(N, K, DTYPE, device), torch.randn(N, device=device).to(DTYPE)
-    compressed = cusparselt.compress(weight.dense.to(DTYPE)) if machine.has_cusparselt else None
-
-    def layer(x: Tensor) -> Tensor:
-        y: Tensor = torch.ops.cast24.linear_cuda(x, *weight.packed, compressed, N, bias)
-        return y * 2
-
-    def inputs(M: int) -> Tensor:
-        return torch.randn(M, K, device=device).to(DTYPE)
-
-    def in_graph(M: int) -> dict[str, Any]:
-        x = inputs(M)
-        layer(x)
-        choice = torch_ops.table(device.index).choose(M, (N, K, "bfloat16"), compressed is not None)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            y = layer(x)
-        same = []
-        for _ in range(3):
-            x.normal_()
-            graph.replay()
-            same.append(torch.allclose(y, layer(x), rtol=2e-2, atol=2e-2))
-        return {"method": choice.method, "ok": all(same)}
-
-    def on_streams() -> dict[str, Any]:
-        streams, x = [torch.cuda.Stream() for _ in range(4)], inputs(7)
-        expected = layer(x)
-        torch.cuda.synchronize()
-        results = []
-        for turn in range(40):
-            with torch.cuda.stream(streams[turn % 4]):
-                results.append(layer(x))
-        torch.cuda.synchronize()
-        return {"ok": all(torch.equal(result, expected) for result in results)}
-
-    def compiled() -> dict[str, Any]:
-        compiled_layer = torch.compile(layer, fullgraph=True, dynamic=True)
-        return {
-            "ok": all(torch.allclose(compiled_layer(x), layer(x), rtol=2e-2, atol=2e-2) for x in map(inputs, (2, 40)))
-        }
-
-    found: dict[str, Any] = {}
-    tests = {f"graph, M = {M}": partial(in_graph, M) for M in (1, 16, 64, 300, 1024)}
-    for name, test in (tests | {"streams": on_streams, "torch.compile": compiled}).items():
-        try:
-            found[name] = test()
-        except Exception as failure:  # a compiler has many; the other parts must still run
-            found[name] = {"ok": False, "failure": f"{type(failure).__name__}: {failure}"[:2000]}
-        print(f"{name}: {'ok' if found[name]['ok'] else found[name]}", flush=True)
-    return {"ok": all(entry["ok"] for entry in found.values()), **found}
-
-
-def cuts(
-    machine: Gpu, shapes: list[Shape], batches: list[int], bandwidth: float, deadline: float
-) -> list[dict[str, Any]]:
+def cuts(machine: Gpu, shapes: list[Shape], batches: list[int], bandwidth: float) -> Iterator[Record]:
     """Seconds of the kernel for few rows cut otherwise: other template arguments, other splits of K."""
     variants = tuple(dict.fromkeys((*VARIANTS, *CUTS)))
     launch = machine.launcher(variants, DTYPE)
-    records = []
     for N, K in shapes:
         layer = Layer(N, K, machine)
         for M in batches:
-            usual, seconds = plan(M, N, K, machine.multiprocessors), dict[Plan, float]()
+            usual = plan(M, N, K, machine.multiprocessors)
             fitting = [variant for variant in variants if M <= 8 * variant.column_tiles < 2 * M + 8]
-            for variant in fitting:
-                for splits in (None, *SPLITS):
-                    cut = plan(M, N, K, machine.multiprocessors, variant, splits)
-                    if cut in seconds or time.monotonic() > deadline:
-                        continue
-                    seconds[cut] = machine.seconds(layer.small_m(M, cut, launch), repeats=5, budget=0.01)
+            tried = [plan(M, N, K, machine.multiprocessors, v, splits) for v in fitting for splits in (None, *SPLITS)]
+            calls = ((cut, layer.small_m(M, cut, launch)) for cut in dict.fromkeys(tried))
+            seconds, failures = timed(machine, calls, repeats=5, budget=0.01)
             best = [
                 {
                     "variant": cut.kernel.name,
@@ -169,30 +112,23 @@ def cuts(
                 for cut in sorted(seconds, key=lambda cut: seconds[cut])[:5]
             ]
             chosen = {"variant": usual.kernel.name, "splits": usual.splits, "seconds": seconds.get(usual)}
-            records.append({"M": M, "N": N, "K": K, "chosen": chosen, "best": best})
-            print(json.dumps(records[-1]), flush=True)
-    return records
+            record = {"M": M, "N": N, "K": K, "chosen": chosen, "best": best, "failures": failures}
+            print(json.dumps(record), flush=True)
+            yield record
 
 
-def tiles(machine: Gpu, shapes: list[Shape], batches: list[int], deadline: float) -> list[dict[str, Any]]:
+def tiles(machine: Gpu, shapes: list[Shape], batches: list[int]) -> Iterator[Record]:
     """Seconds of the kernel for many rows with every tile, and cuBLAS's on a dense weight."""
     launch = machine.launcher(tuple(TILES), DTYPE)
-    records = []
     for N, K in shapes:
         layer = Layer(N, K, machine)
         for M in batches:
-            if time.monotonic() > deadline:
-                break
-            dense = machine.seconds(layer.cublas(M), repeats=5, budget=0.02)
-            seconds = {
-                tile.name: machine.seconds(
-                    layer.tiled(M, cut_into(tile, M, N, K, machine.multiprocessors), launch), repeats=5, budget=0.02
-                )
-                for tile in TILES
-            }
-            records.append({"M": M, "N": N, "K": K, "dense": dense, "tiles": seconds})
-            print(json.dumps(records[-1]), flush=True)
-    return records
+            cuts = {tile.name: cut_into(tile, M, N, K, machine.multiprocessors) for tile in TILES}
+            calls = {name: layer.tiled(M, cut, launch) for name, cut in cuts.items()} | {"dense": layer.cublas(M)}
+            seconds, failures = timed(machine, calls.items(), repeats=5, budget=0.02)
+            record = {"M": M, "N": N, "K": K, "seconds": seconds, "failures": failures}
+            print(json.dumps(record), flush=True)
+            yield record
 
 
 PARTS = ("correctness", "decode", "graphs", "decode-quantized", "prefill", "prefill-quantized", "tiles", "cuts")
@@ -201,7 +137,6 @@ PARTS = ("correctness", "decode", "graphs", "decode-quantized", "prefill", "pref
 def main(
     out: Annotated[Path | None, typer.Option("--json", help="Directory to write results to.")] = None,
     part: Annotated[list[str] | None, typer.Option(help=f"Part to run, may be repeated: {', '.join(PARTS)}.")] = None,
-    seconds: Annotated[float, typer.Option(help="After which no other part is begun.")] = 230.0,
     tiny: Annotated[bool, typer.Option("--tiny", help="A rehearsal on the CPU, without the kernels.")] = False,
 ) -> None:
     """Exit with 1 if anything is wrong. Under a memory checker: --part correctness."""
@@ -215,30 +150,39 @@ def main(
     bandwidth = machine.bandwidth()
     print(f"copy: {bandwidth / 1e9:.0f} GB/s", flush=True)
 
-    def raced(shapes: list[Shape], batches: list[int]) -> dict[str, Any]:
-        return {"copy_bandwidth": bandwidth, "records": race(machine, shapes, batches, bandwidth)}
-
     prefill = PREFILL[:2] if tiny else PREFILL
-    runs: dict[str, Callable[[], dict[str, Any]]] = {
+    checks: dict[str, Callable[[], Record]] = {
         "correctness": lambda: correctness(machine, TINY_SHAPES if tiny else ODD_SHAPES),
-        "decode": lambda: raced(shapes, DECODE),
         "graphs": lambda: {"ok": True} if tiny else graphs(machine),
-        "decode-quantized": lambda: {"records": quantized.race(machine, shapes[:2], DECODE[::3], bandwidth)},
-        "prefill": lambda: raced(shapes[:2], prefill),
-        "prefill-quantized": lambda: {"records": quantized.race(machine, shapes[:2], prefill[::3], bandwidth)},
-        "tiles": lambda: {"records": tiles(machine, shapes[:2], prefill[:1] if tiny else TILE_ROWS, start + seconds)},
-        "cuts": lambda: {"records": cuts(machine, shapes, CUT_ROWS, bandwidth, start + seconds)},
     }
-    ok = True
-    for name in PARTS:
-        if name not in chosen or time.monotonic() - start > seconds:
-            continue
-        result = runs[name]()
-        ok &= result.get("ok", True)
-        print(f"{name}: {time.monotonic() - start:.0f} s after the start", flush=True)
+    races: dict[str, Callable[[], Iterator[Record]]] = {
+        "decode": lambda: race(machine, shapes, DECODE, bandwidth),
+        "decode-quantized": lambda: quantized.race(machine, shapes[:2], DECODE[::3], bandwidth),
+        "prefill": lambda: race(machine, shapes[:2], prefill, bandwidth),
+        "prefill-quantized": lambda: quantized.race(machine, shapes[:2], prefill[::3], bandwidth),
+        "tiles": lambda: tiles(machine, shapes[:2], prefill[:1] if tiny else TILE_ROWS),
+        "cuts": lambda: cuts(machine, shapes, CUT_ROWS, bandwidth),
+    }
+
+    def write(name: str, result: Record) -> None:
         if out is not None:
             out.mkdir(parents=True, exist_ok=True)
-            (out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+            write_text(out / f"{name}.json", json.dumps(result, indent=1) + "\n")
+
+    ok = True
+    for name in PARTS:
+        if name not in chosen:
+            continue
+        if name in checks:
+            result = checks[name]()
+            ok &= result["ok"]
+            write(name, result)
+        else:
+            records: list[Record] = []
+            for record in races[name]():
+                records.append(record)
+                write(name, {"copy_bandwidth": bandwidth, "records": records})
+        print(f"{name}: {time.monotonic() - start:.0f} s after the start", flush=True)
     raise typer.Exit(0 if ok else 1)
 
 

@@ -1,6 +1,6 @@
 """Quantized weights, few rows of x and many: 2:4 beside what torch has for dense ones."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import cycle
 from typing import Any
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cast_serve.kernels.cuda import cusparselt
 from cast_serve.kernels.cuda.layout import from_fragments
-from cast_serve.kernels.cuda.measurement import Call, Candidate, Gpu
+from cast_serve.kernels.cuda.measurement import Call, Candidate, Gpu, fastest
 from cast_serve.kernels.cuda.random_weights import QuantizedWeight, Weight
 from cast_serve.kernels.cuda.small_m import MAX_ROWS
 from conversion.quantization.formats import FP8, INT4, INT8, ValueFormat
@@ -36,9 +36,10 @@ def sparse_8_bit(machine: Gpu, N: int, K: int, dtype: torch.dtype, x: list[Tenso
     inputs = cycle([each.to(dtype) for each in x])
     scales = torch.ones(len(x[0]), device=device), torch.ones(N, device=device)
     weights = [first.clone() for _ in range(machine.copies(first.nbytes))]
-    multiply = cusparselt.linear_8_bit
-    calls: list[Call] = [partial(multiply, next(inputs), scales[0], weight, scales[1], None) for weight in weights]
-    return Candidate(calls, first.nbytes)
+    algorithm = fastest(next(inputs), first)
+    multiply = partial(cusparselt.linear_8_bit, x_scale=scales[0], w_scale=scales[1], bias=None, algorithm=algorithm)
+    calls: list[Call] = [partial(multiply, next(inputs), compressed=weight) for weight in weights]
+    return Candidate(calls, first.nbytes, algorithm)
 
 
 def dense_int4(machine: Gpu, N: int, K: int, x: list[Tensor]) -> Candidate:
@@ -64,9 +65,8 @@ def dense_fp8(machine: Gpu, N: int, K: int, x: list[Tensor]) -> Candidate:
     return Candidate(calls, N * K)
 
 
-def race(machine: Gpu, shapes: list[tuple[int, int]], batches: list[int], bandwidth: float) -> list[dict[str, Any]]:
+def race(machine: Gpu, shapes: list[tuple[int, int]], batches: list[int], bandwidth: float) -> Iterator[dict[str, Any]]:
     """Seconds of every candidate that runs, and its weight's bytes/s as a part of the copy's."""
-    records: list[dict[str, Any]] = []
     for N, K in shapes:
         for M in batches:
             x = [torch.randn(M, K, device=machine.device).to(torch.bfloat16) for _ in range(8)]
@@ -85,15 +85,14 @@ def race(machine: Gpu, shapes: list[tuple[int, int]], batches: list[int], bandwi
                 try:
                     candidate = make()
                     seconds = machine.seconds(candidate.calls)
-                except (RuntimeError, NotImplementedError) as failure:
+                except Exception as failure:  # each library has its own; the others must still run
                     found[name] = {"failure": str(failure)[:500]}
                     continue
                 of_copy = candidate.weight_bytes / seconds / bandwidth
                 found[name] = {"seconds": seconds, "bytes": candidate.weight_bytes, "of_copy_bandwidth": of_copy}
-            records.append({"M": M, "N": N, "K": K, "candidates": found})
             times = {
                 name: f"{entry['seconds'] * 1e6:.1f} us" if "seconds" in entry else "failed"
                 for name, entry in found.items()
             }
             print(f"{N} x {K}, M = {M}: {times}", flush=True)
-    return records
+            yield {"M": M, "N": N, "K": K, "candidates": found}

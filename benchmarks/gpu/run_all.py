@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import distributions
@@ -28,6 +29,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from conversion.atomic import write_text
 from conversion.errors import Interrupted
 
 RESULTS = Path(__file__).parents[1] / "results" / "gpu"
@@ -75,10 +77,22 @@ _TINY_QUALITY = (
     *("--set", "block_length=16", "--set", "calibration_tokens=256", "--set", "lr=2e-3", "--set", "log_steps=1"),
 )
 
+
+def _kernels(part: str, limit_s: float) -> Step:
+    """A process for each part: an error that a GPU does not recover from ends with it."""
+    arguments = ("--part", part)
+    return Step(f"kernels-{part}", limit_s, "benchmarks.gpu.kernels", arguments, tiny=("--tiny", *arguments))
+
+
 STEPS = [
+    _kernels("correctness", 150),
+    _kernels("decode", 120),
+    _kernels("graphs", 90),
+    Step("decode", 300, "benchmarks.gpu.decode", tiny=("--tiny",)),
+    _kernels("decode-quantized", 90),
+    _kernels("prefill", 120),
+    _kernels("prefill-quantized", 60),
     Step("training-correctness", 60, "benchmarks.gpu.training_correctness", tiny=("--device", "cpu")),
-    Step("kernels", 300, "benchmarks.gpu.kernels", tiny=("--tiny",)),
-    Step("decode", 180, "benchmarks.gpu.decode", tiny=("--tiny",)),
     Step(
         "training-speed-135m",
         180,
@@ -95,6 +109,8 @@ STEPS = [
         tiny=("--shape", "tiny", *_TINY_BATCH),
     ),
     Step("serving", 300, "benchmarks.gpu.serving", tiny=("--tiny",), package="vllm"),
+    _kernels("tiles", 60),
+    _kernels("cuts", 120),
     Step(
         "quality",
         TOTAL_S,
@@ -142,13 +158,21 @@ def run_step(
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-    results = {path.name: json.loads(path.read_text()) for path in sorted(directory.glob("*.json"))}
     return {
         "status": status,
         "seconds": round(time.monotonic() - start, 1),
-        "results": results,
+        "results": {path.name: _read(path) for path in sorted(directory.glob("*.json"))},
         "log_tail": log.read_text(errors="replace")[-2000:],
     }
+
+
+def _read(path: Path) -> Any:
+    """What a step has written; a text that is no JSON where it was killed while it did."""
+    text = path.read_text(errors="replace")
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
 
 
 def _ends(process: subprocess.Popen[bytes], seconds: float) -> int | None:
@@ -170,7 +194,7 @@ def chosen(only: list[str], start: str | None) -> list[Step]:
 
 
 def versions() -> dict[str, str]:
-    installed = {found.metadata["Name"].lower(): found.version for found in distributions()}
+    installed = {str(found.metadata["Name"]).lower(): found.version for found in distributions()}
     return {name: installed[name] for name in _PACKAGES if name in installed}
 
 
@@ -188,9 +212,19 @@ def device_record() -> dict[str, Any]:
 
 
 def run_steps(
-    steps: list[Step], out: Path, given: dict[str, list[str]], total_s: float, *, tiny: bool = False
+    steps: list[Step],
+    out: Path,
+    given: dict[str, list[str]],
+    total_s: float,
+    *,
+    tiny: bool = False,
+    save: Callable[[dict[str, Any]], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """Run steps until the time is over; return a record of each, also of those left out."""
+    """Run steps until the time is over; return a record of each, also of those left out.
+
+    Args:
+        save: called with the records so far after each step.
+    """
     end = time.monotonic() + total_s
     records: dict[str, Any] = {}
     for step in steps:
@@ -206,6 +240,7 @@ def run_steps(
             print(f"{step.name} (at most {min(step.limit_s, left):.0f} s)", flush=True)
             records[step.name] = run_step(step, out, min(step.limit_s, left), given, tiny=tiny)
         print(f"{step.name}: {records[step.name]['status']}", flush=True)
+        save(records)
     return records
 
 
@@ -236,9 +271,13 @@ def main(
         "heldout": [str(text) for text in heldout or []],
         "state": [str(state)],
     }
-    records = run_steps(steps, directory, given, total, tiny=tiny)
     path = out / f"{directory.name}.json"
-    path.write_text(json.dumps({**record, "steps": records}, indent=1) + "\n")
+    out.mkdir(parents=True, exist_ok=True)
+
+    def save(records: dict[str, Any]) -> None:
+        write_text(path, json.dumps({**record, "steps": records}, indent=1) + "\n")
+
+    records = run_steps(steps, directory, given, total, tiny=tiny, save=save)
     print(f"wrote {path}")
     well = [step["status"] == "ok" or step["status"].endswith(_NOT_INSTALLED) for step in records.values()]
     raise typer.Exit(0 if all(well) else 1)

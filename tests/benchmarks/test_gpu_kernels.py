@@ -1,6 +1,7 @@
 """The kernels' checks and timings for a GPU: put together on the CPU, and run where there is a GPU."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -8,9 +9,10 @@ import torch
 import typer
 from torch import Tensor
 
-from benchmarks.gpu import kernels
+from benchmarks.gpu import graphs, kernels
 from benchmarks.gpu.kernel_checks import SHAPES, TINY_SHAPES, correctness
 from benchmarks.gpu.machines import Rehearsal
+from cast_serve.kernels.cuda.crossover import DEVICES, Table
 from cast_serve.kernels.cuda.measurement import Gpu
 
 
@@ -26,7 +28,7 @@ def test_a_rehearsal_writes_every_part(tmp_path: Path) -> None:
     assert all(record["speedup_over_dense"]["dense"] == 1 for record in records)
     assert set(records[0]["seconds"]) == {"dense", "small_m", "small_m overlapping", "triton"}
     assert {"tiled", "expanded"} < set(parts["prefill"]["records"][0]["seconds"])
-    assert parts["tiles"]["records"][0]["tiles"].keys() == {tile.name for tile in kernels.TILES}
+    assert parts["tiles"]["records"][0]["seconds"].keys() == {"dense", *(tile.name for tile in kernels.TILES)}
     assert all(cut["best"] for cut in parts["cuts"]["records"])
 
 
@@ -63,6 +65,41 @@ def test_a_kernel_that_cannot_run_is_found() -> None:
     assert "expand bfloat16 1x16x64" in found["wrong"]
 
 
+@pytest.mark.parametrize("replays", [True, False])
+def test_graphs_that_do_not_replay_are_found(monkeypatch: pytest.MonkeyPatch, replays: bool) -> None:
+    def capture(call: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
+        y = call()
+        return (lambda: y.copy_(call()) if replays else None), y
+
+    def linear(x: Tensor, fragments: Tensor, metadata: Tensor, compressed: None, N: int, bias: Tensor) -> Tensor:
+        return Rehearsal.small_m(x, fragments, metadata, N, bias)
+
+    monkeypatch.setattr(graphs, "capture", capture)
+    monkeypatch.setattr(graphs, "N", 48)
+    monkeypatch.setattr(graphs, "K", 128)
+    monkeypatch.setattr(graphs.torch_ops, "table", lambda _: Table({}, DEVICES["H100"]))
+    monkeypatch.setattr(torch.ops.cast24, "linear_cuda", linear, raising=False)
+    found = graphs.graphs(Rehearsal())
+    tests = [name for name in found if name.startswith("graph, ")]
+    assert len(tests) == 8
+    assert all(found[name]["ok"] is replays for name in [*tests, "overlapping"]), found
+    assert not found["ok"]  # there are no streams
+
+
+def test_what_cannot_run_does_not_end_the_race() -> None:
+    class Refuses(Rehearsal):
+        @staticmethod
+        def tiled(*_: object, **__: object) -> Tensor:
+            raise RuntimeError("too many resources requested for launch")
+
+    (record,) = kernels.race(Refuses(), [(48, 136)], [64], 1e9)
+    assert record["failures"] == {"tiled": "RuntimeError: too many resources requested for launch"}
+    assert "expanded" in record["seconds"]
+    (record,) = kernels.tiles(Refuses(), [(48, 136)], [128])
+    assert set(record["seconds"]) == {"dense"}
+    assert len(record["failures"]) == len(kernels.TILES)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_kernels_on_the_gpu() -> None:
@@ -73,5 +110,5 @@ def test_kernels_on_the_gpu() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_operators_in_graphs_on_streams_and_compiled() -> None:
-    found = kernels.graphs(Gpu())
+    found = graphs.graphs(Gpu())
     assert found["ok"], found

@@ -48,6 +48,18 @@ def test_steps_are_limited_and_do_not_harm_each_other(tmp_path: Path, monkeypatc
     assert run_steps(steps[:1], tmp_path / "out", {}, total_s=60)["fails"]["status"].startswith("left out")
 
 
+def test_what_a_killed_step_has_written_is_kept_and_so_are_the_steps_before_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    writes = "import sys, pathlib; pathlib.Path(sys.argv[-1], 'numbers.json').write_text('[1, 2'); raise SystemExit(1)"
+    steps = [Step("half", 20, module(tmp_path, "half", writes)), Step("next", 20, "json.tool", package="no_such_one")]
+    saved: list[list[str]] = []
+    records = run_steps(steps, tmp_path / "out", {}, total_s=60, save=lambda records: saved.append(list(records)))
+    assert records["half"]["results"] == {"numbers.json": "[1, 2"}
+    assert saved == [["half"], ["half", "next"]]
+
+
 def test_steps_whose_package_is_missing_are_left_out(tmp_path: Path) -> None:
     records = run_steps([Step("serves", 20, "json.tool", package="no_such_package")], tmp_path, {}, total_s=60)
     assert records["serves"]["status"] == "left out: no_such_package is not installed"

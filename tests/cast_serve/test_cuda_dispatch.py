@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import cast_serve.kernels.torch_ops
 from cast_serve.kernels.cuda import crossover, cusparselt, linear, torch_ops, weight_only
 from cast_serve.kernels.cuda.crossover import Choice, Point, Table
+from cast_serve.kernels.cuda.cusparselt import Algorithm
 from cast_serve.kernels.cuda.layout import to_fragments
 from cast_serve.kernels.cuda.linear import TYPES, prepack
 from cast_serve.kernels.cuda.small_m import VARIANTS
@@ -25,7 +26,8 @@ BF16 = TYPES[torch.bfloat16, torch.bfloat16]
 
 def points(*rows: int, **seconds: list[float]) -> list[Point]:
     return [
-        Point(row, {method: taken[i] for method, taken in seconds.items()}, algorithm=i) for i, row in enumerate(rows)
+        Point(row, {method: taken[i] for method, taken in seconds.items()}, Algorithm(i, 2))
+        for i, row in enumerate(rows)
     ]
 
 
@@ -33,9 +35,9 @@ def test_the_measured_times_decide() -> None:
     measured = points(1, 64, 1024, small_m=[1.0, 2.0, 9.0], expanded=[3.0, 3.0, 5.0], cusparselt=[4.0, 1.0, 3.0])
     table = Table({LAYER: list(reversed(measured))}, crossover.DEVICES["H100"])
     assert table.choose(1, LAYER, True) == Choice("small_m")
-    assert table.choose(2, LAYER, True) == Choice("cusparselt", 1)  # as at 64 rows
+    assert table.choose(2, LAYER, True) == Choice("cusparselt", Algorithm(1, 2))  # as at 64 rows
     assert table.choose(2, LAYER, False) == Choice("small_m")
-    assert table.choose(5000, LAYER, True) == Choice("cusparselt", 2)
+    assert table.choose(5000, LAYER, True) == Choice("cusparselt", Algorithm(2, 2))
     assert table.choose(5000, LAYER, False) == Choice("expanded")
 
 
@@ -154,8 +156,8 @@ def test_the_quantized_operator(
 def test_cusparselt_gets_whole_rows_of_eight(emulation: Emulation, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
-    def multiply(compressed: Any, right: Any, bias: Any, *, transpose_result: bool, alg_id: int) -> Any:
-        seen.append((tuple(right.shape), alg_id, transpose_result))
+    def multiply(compressed: Any, right: Any, bias: Any, *, transpose_result: bool, **algorithm: Any) -> Any:
+        seen.append((tuple(right.shape), transpose_result, algorithm))
         return torch.nn.functional.linear(right.t(), compressed, bias)
 
     Gpu(emulation, Table({LAYER: points(512, small_m=[2.0], cusparselt=[1.0])}, crossover.DEVICES["H100"]), monkeypatch)
@@ -164,7 +166,8 @@ def test_cusparselt_gets_whole_rows_of_eight(emulation: Emulation, monkeypatch: 
     packed = to_fragments(layer.values, layer.bitmask)
     y = torch_ops.linear_cuda(x, *packed, layer.dense, 64, None)
     torch.testing.assert_close(y, torch.nn.functional.linear(x, layer.dense), rtol=2e-2, atol=2e-2)
-    assert seen == [((128, 104), 0, True)]
+    algorithm = {"alg_id": 0, "split_k": 2, "split_k_mode": -1}
+    assert seen == [((128, 104), True, {"out_dtype": None, **algorithm})]
     assert cusparselt.fits(64, 128)
     assert not cusparselt.fits(40, 136)
 

@@ -3,16 +3,19 @@
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from typer.testing import CliRunner
 
 from benchmarks.gpu.machines import Rehearsal
 from cast_serve.cli import build_app
 from cast_serve.kernels.cuda import crossover, cusparselt, measurement
 from cast_serve.kernels.cuda.crossover import Point
+from cast_serve.kernels.cuda.cusparselt import Algorithm
 from cast_serve.kernels.cuda.heat_map import draw
 from cast_serve.kernels.cuda.tune import layers_of, tune
 from conversion import save_packed
@@ -83,10 +86,20 @@ def test_quantized_layers_are_measured(values: str, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(cusparselt, "fits", lambda *_: True)
     monkeypatch.setattr(cusparselt, "compress", lambda dense: dense)
     called = []
-    monkeypatch.setattr(cusparselt, "linear_rounding", lambda x, w, scale, bias: called.append((w.shape, scale.shape)))
+
+    def multiply(x: Tensor, weight: Tensor, w_scale: Tensor, bias: None, algorithm: Algorithm) -> None:
+        called.append((weight.shape, w_scale.shape, algorithm))
+
+    def search(compressed: Tensor, right: Tensor, *rest: Any) -> tuple[int, int, int, int]:
+        assert rest == (None, None, torch.bfloat16, True)
+        return (3, 2, 1, 9)
+
+    monkeypatch.setattr(torch._C, "_cusparselt", SimpleNamespace(mm_search=search), raising=False)
+    monkeypatch.setattr(cusparselt, "linear_rounding", multiply)
     (point,) = tune(machine, [layer], [1])[layer]
     assert ("cusparselt" in point.seconds) == (values != "int4 g64")  # one scale a row
-    assert set(called) == ({((48, 136), (48,))} if values != "int4 g64" else set())
+    assert set(called) == ({((48, 136), (48,), Algorithm(3, 2, 1))} if values != "int4 g64" else set())
+    assert point.algorithm == (Algorithm() if values == "int4 g64" else Algorithm(3, 2, 1))
 
 
 def test_without_a_gpu_it_says_so() -> None:

@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from cast_serve.kernels.cuda import tiled
+from cast_serve.kernels.cuda.cusparselt import DEFAULT, Algorithm
 from cast_serve.kernels.cuda.plan import Types
 from conversion.atomic import write_text
 from conversion.quantization.formats import FORMATS
@@ -28,7 +29,7 @@ DENSE = "dense"
 
 Layer = tuple[int, int, str]
 """out_features, columns, and values as `values_name` says them."""
-_VERSION = 3  # of the file that a table is kept in
+_VERSION = 4  # of the file that a table is kept in
 _KERNEL_TYPES = {"int8": "W8", "float8_e4m3fn": "F8", "int4": "W4"}
 _BITS = {"bfloat16": 16, "float16": 16} | {name: values.bits for name, values in FORMATS.items()}
 
@@ -44,13 +45,13 @@ class Point:
 
     rows: int
     seconds: dict[str, float]
-    algorithm: int = 0
+    algorithm: Algorithm = DEFAULT
 
 
 @dataclass(frozen=True)
 class Choice:
     method: Method
-    algorithm: int = 0
+    algorithm: Algorithm = DEFAULT
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ class Table:
         point = measured[min(bisect_left([point.rows for point in measured], M), len(measured) - 1)]
         known = [method for method in allowed if method in point.seconds]
         best = min(known, key=lambda method: point.seconds[method])
-        return Choice(best, point.algorithm if best == "cusparselt" else 0)
+        return Choice(best, point.algorithm if best == "cusparselt" else DEFAULT)
 
 
 def circumstances() -> dict[str, Any]:
@@ -193,7 +194,9 @@ def _read(path: Path, where: dict[str, Any]) -> dict[Layer, list[Point]]:
     if any(stored.get(key) != value for key, value in {"version": _VERSION, **where}.items()):
         return {}
     return {
-        (layer["out_features"], layer["columns"], layer["values"]): [Point(**point) for point in layer["points"]]
+        (layer["out_features"], layer["columns"], layer["values"]): [
+            Point(point["rows"], point["seconds"], Algorithm(*point["algorithm"])) for point in layer["points"]
+        ]
         for layer in stored["layers"]
     }
 

@@ -1,10 +1,23 @@
 """The product for many rows of x: NVIDIA's cuSPARSELt, through torch, on a copy of the weight in its own layout."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from cast_serve.kernels.cuda.linear import quantize_rows
 from conversion.packed import unpack24
+
+
+class Algorithm(NamedTuple):
+    """How cuSPARSELt multiplies: one of its algorithms, the parts that K is split into, and how they are added up."""
+
+    number: int = 0
+    split_k: int = 1
+    split_k_mode: int = -1
+
+
+DEFAULT = Algorithm()
 
 
 def available() -> bool:
@@ -36,14 +49,31 @@ def compress_codes(values: Tensor, bitmask: Tensor) -> Tensor:
     return compress(dense.view(values.dtype))
 
 
-def linear(x: Tensor, compressed: Tensor, bias: Tensor | None, algorithm: int = 0) -> Tensor:
+def linear(x: Tensor, compressed: Tensor, bias: Tensor | None, algorithm: Algorithm = DEFAULT) -> Tensor:
     """x [M, K] times the compressed weight, plus bias [N] of x's dtype: [M, N]. `algorithm` as `search` found it."""
-    M = x.shape[0]
-    product = torch._cslt_sparse_mm(compressed, _rows(x).t(), bias, transpose_result=True, alg_id=algorithm)
-    return product[:M]
+    return _multiply(x, compressed, bias, algorithm)
 
 
-def linear_8_bit(x: Tensor, x_scale: Tensor, compressed: Tensor, w_scale: Tensor, bias: Tensor | None) -> Tensor:
+def _multiply(x: Tensor, compressed: Tensor, bias: Tensor | None, algorithm: Algorithm) -> Tensor:
+    product = torch._cslt_sparse_mm(
+        *(compressed, _rows(x).t(), bias),
+        out_dtype=_out_dtype(x),
+        transpose_result=True,
+        alg_id=algorithm.number,
+        split_k=algorithm.split_k,
+        split_k_mode=algorithm.split_k_mode,
+    )
+    return product[: x.shape[0]]
+
+
+def linear_8_bit(
+    x: Tensor,
+    x_scale: Tensor,
+    compressed: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    algorithm: Algorithm = DEFAULT,
+) -> Tensor:
     """Multiply in 8 bits by a compressed weight of x's dtype, int8 or float8_e4m3fn.
 
     Args:
@@ -53,20 +83,28 @@ def linear_8_bit(x: Tensor, x_scale: Tensor, compressed: Tensor, w_scale: Tensor
     Returns:
         [M, N] bfloat16; sums are rounded to bfloat16 before they are scaled.
     """
-    M = x.shape[0]
-    product = torch._cslt_sparse_mm(compressed, _rows(x).t(), out_dtype=torch.bfloat16, transpose_result=True)[:M]
-    y = product * x_scale[:, None] * w_scale
+    y = _multiply(x, compressed, None, algorithm) * x_scale[:, None] * w_scale
     return (y if bias is None else y + bias).to(torch.bfloat16)
 
 
-def linear_rounding(x: Tensor, compressed: Tensor, w_scale: Tensor, bias: Tensor | None) -> Tensor:
+def linear_rounding(
+    x: Tensor, compressed: Tensor, w_scale: Tensor, bias: Tensor | None, algorithm: Algorithm = DEFAULT
+) -> Tensor:
     """`linear_8_bit` on x [M, K] bfloat16 or float16, rounded row by row to the weight's type."""
-    return linear_8_bit(*quantize_rows(x, compressed.dtype), compressed, w_scale, bias)
+    return linear_8_bit(*quantize_rows(x, compressed.dtype), compressed, w_scale, bias, algorithm)
 
 
-def search(x: Tensor, compressed: Tensor) -> int:
-    """The fastest algorithm at x's shape. Waits for the GPU."""
-    return int(torch._cslt_sparse_mm_search(compressed, _rows(x).t(), transpose_result=True))
+def search(x: Tensor, compressed: Tensor) -> Algorithm:
+    """The fastest algorithm at x's shape and type, that of the weight. Waits for the GPU."""
+    # torch._cslt_sparse_mm_search does not say how K was split
+    mm_search = torch._C._cusparselt.mm_search  # type: ignore[attr-defined]  # only where torch has cuSPARSELt
+    found = mm_search(compressed, _rows(x).t(), None, None, _out_dtype(x), True)
+    return Algorithm(*found[:3])
+
+
+def _out_dtype(x: Tensor) -> torch.dtype | None:
+    """Of the product: torch takes one for 8-bit types only."""
+    return torch.bfloat16 if x.itemsize == 1 else None
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -1,7 +1,9 @@
 """Times of every product that a packed layer can be computed with, on this GPU, weights coming from its memory."""
 
 import importlib.util
+import warnings
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import cycle
@@ -10,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from cast_serve.kernels.cuda import cusparselt
+from cast_serve.kernels.cuda import cusparselt, nvrtc
+from cast_serve.kernels.cuda.cusparselt import DEFAULT, Algorithm
 from cast_serve.kernels.cuda.layout import from_fragments
 from cast_serve.kernels.cuda.linear import (
     TYPES,
@@ -25,7 +28,7 @@ from cast_serve.kernels.cuda.plan import Kernel, Plan
 from cast_serve.kernels.cuda.random_weights import QuantizedWeight, Weight
 from cast_serve.kernels.cuda.source import source
 from cast_serve.kernels.cuda.timing import copies, copy_bandwidth, seconds_per_call
-from cast_serve.kernels.cuda.weight_only import Method, weight_only_linear
+from cast_serve.kernels.cuda.weight_only import WEIGHT_ONLY, Method, weight_only_linear
 from conversion.quantization.formats import Quantization
 
 Call = Callable[[], object]
@@ -68,6 +71,13 @@ class Gpu:
         """Bytes/s of a copy, read and written."""
         return copy_bandwidth()
 
+    def compile(self) -> None:
+        """All kernels, on all cores at once. What cannot be compiled fails again where it is used."""
+        architecture = nvrtc.target(self.capability)
+        with ThreadPoolExecutor() as threads:
+            for types in (*TYPES.values(), *WEIGHT_ONLY):
+                threads.submit(nvrtc.cached_code, source(types), architecture)
+
     def launcher(self, linear: tuple[Kernel, ...], dtype: torch.dtype) -> Launch:
         """Launches other kernels than the usual ones."""
         from cast_serve.kernels.cuda.driver import kernels
@@ -83,12 +93,12 @@ class Candidate:
     Attributes:
         calls: one for each copy of the weight.
         weight_bytes: that a call reads.
-        algorithm: of cuSPARSELt.
+        algorithm: of cuSPARSELt, the fastest.
     """
 
     calls: Sequence[Call]
     weight_bytes: int
-    algorithm: int = 0
+    algorithm: Algorithm = DEFAULT
 
 
 class Layer:
@@ -103,8 +113,7 @@ class Layer:
         self.packed = [(fragments.clone(), metadata.clone()) for _ in range(machine.copies(self.packed_bytes))]
         self.compressed: list[Tensor] = []
         if machine.has_cusparselt and cusparselt.fits(N, K):
-            compressed = cusparselt.compress(dense)
-            self.compressed = [compressed.clone() for _ in range(machine.copies(compressed.nbytes))]
+            self.compressed = _copies(machine, cusparselt.compress, dense)
 
     def inputs(self, M: int) -> list[Tensor]:
         return [torch.randn(M, self.K, device=self.machine.device).to(self.dtype) for _ in range(8)]
@@ -147,10 +156,7 @@ class Layer:
             calls: list[Call] = [partial(self._expanded, next(x), *packed) for packed in self.packed]
             found["expanded"] = Candidate(calls, self.packed_bytes)
         if self.compressed:
-            try:
-                algorithm = cusparselt.search(next(x), self.compressed[0])
-            except RuntimeError:
-                algorithm = 0
+            algorithm = fastest(next(x), self.compressed[0])
             multiply = [partial(cusparselt.linear, next(x), weight, None, algorithm) for weight in self.compressed]
             found["cusparselt"] = Candidate(multiply, self.packed_bytes, algorithm)
         return found
@@ -168,8 +174,7 @@ class QuantizedLayer:
         self.packed = [first.packed.clone() for _ in range(machine.copies(first.packed.nbytes))]
         self.compressed: list[Tensor] = []
         if machine.has_cusparselt and cusparselt.takes(values.dtype, group_size, N, K):
-            compressed = cusparselt.compress_codes(first.stored, first.bitmask)
-            self.compressed = [compressed.clone() for _ in range(machine.copies(compressed.nbytes))]
+            self.compressed = _copies(machine, cusparselt.compress_codes, first.stored, first.bitmask)
         self.scale = first.scale.flatten()
 
     def candidates(self, M: int) -> dict[str, Candidate]:
@@ -189,6 +194,26 @@ class QuantizedLayer:
         if M > 32:
             found |= {"tiled": packed("tiled"), "expanded": packed("expanded")}
         if self.compressed:
-            calls = [partial(cusparselt.linear_rounding, next(x), w, self.scale, None) for w in self.compressed]
-            found["cusparselt"] = Candidate(calls, self.compressed[0].nbytes)
+            algorithm = fastest(next(x).to(self.quantization.values.dtype), self.compressed[0])
+            multiply = partial(cusparselt.linear_rounding, w_scale=self.scale, bias=None, algorithm=algorithm)
+            calls = [partial(multiply, next(x), weight) for weight in self.compressed]
+            found["cusparselt"] = Candidate(calls, self.compressed[0].nbytes, algorithm)
         return found
+
+
+def _copies(machine: Gpu, compress: Callable[..., Tensor], *weight: Tensor) -> list[Tensor]:
+    """Of what cuSPARSELt makes of a weight; none if it refuses it, and then it says why."""
+    try:
+        compressed = compress(*weight)
+    except RuntimeError as error:
+        warnings.warn(f"cuSPARSELt does not take {list(weight[0].shape)} {weight[0].dtype}: {error}", stacklevel=2)
+        return []
+    return [compressed.clone() for _ in range(machine.copies(compressed.nbytes))]
+
+
+def fastest(x: Tensor, compressed: Tensor) -> Algorithm:
+    """cuSPARSELt's choice; its usual algorithm at a shape where it finds none, or where torch does not search."""
+    try:
+        return cusparselt.search(x, compressed)
+    except (RuntimeError, AttributeError):
+        return DEFAULT

@@ -1,6 +1,8 @@
 """Seconds that kernels take on the GPU alone: many calls in one CUDA graph, so that launching from Python is free."""
 
+import gc
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 import torch
 
@@ -26,10 +28,7 @@ def seconds_per_call(calls: Sequence[Callable[[], object]], *, repeats: int = 10
         for call in calls:  # whatever a first call does
             call()
     torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
+    graph = captured(calls)
     graph.replay()
     taken: list[float] = []
     while len(taken) < repeats and (len(taken) < 3 or sum(taken) < budget):
@@ -40,6 +39,36 @@ def seconds_per_call(calls: Sequence[Callable[[], object]], *, repeats: int = 10
         end.synchronize()
         taken.append(start.elapsed_time(end) / 1e3)
     return sorted(taken)[len(taken) // 2] / len(calls)
+
+
+def captured(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
+    """A graph of `calls`. What one of them raises, or the driver afterwards; other graphs can be captured nevertheless.
+
+    Unlike after torch.cuda.graph, which leaves its stream the current one; and torch before 2.12 then keeps the graph's
+    memory and random numbers for the capture that has failed.
+    """
+    graph, pool, device = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle(), torch.cuda.current_device()
+    gc.collect()  # nothing may be freed meanwhile
+    torch.cuda.synchronize()
+    failure: Exception | None = None
+    with torch.cuda.stream(torch.cuda.Stream()):
+        graph.capture_begin(pool)
+        try:
+            for call in calls:
+                call()
+        except Exception as error:  # compilers and libraries have many
+            failure = error
+        try:
+            graph.capture_end()
+        except RuntimeError as error:
+            failure = failure or error
+            with suppress(RuntimeError):
+                torch._C._cuda_endAllocateToPool(device, pool)
+            generator = torch.cuda.default_generators[device]
+            generator.graphsafe_set_state(generator.clone_state())
+    if failure is not None:
+        raise failure
+    return graph
 
 
 def copy_bandwidth() -> float:

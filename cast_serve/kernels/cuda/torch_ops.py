@@ -30,21 +30,29 @@ def linear_cuda(
     columns, dtype = x.shape[-1], fragments.dtype
     rows = x.reshape(-1, columns).to(dtype)
     bias = None if bias is None else bias.to(dtype).contiguous()
+    with torch.cuda.device_of(x):  # torch makes x's device the current one for its own operators only
+        y = _multiply(rows, fragments, metadata, compressed, out_features, bias)
+    return y.view(*x.shape[:-1], out_features).to(x.dtype)
+
+
+def _multiply(
+    rows: Tensor, fragments: Tensor, metadata: Tensor, compressed: Tensor | None, out_features: int, bias: Tensor | None
+) -> Tensor:
+    """rows [M, K] of the weight's dtype times it: [M, out_features]."""
     if is_portable(fragments):
         from cast_serve.kernels.cuda.triton_linear import triton_linear
 
-        return triton_linear(rows, fragments, metadata, bias).view(*x.shape[:-1], out_features).to(x.dtype)
-    layer = (out_features, columns, str(dtype).removeprefix("torch."))
-    choice = table(x.device.index).choose(rows.shape[0], layer, compressed is not None)
-    if choice.method == "small_m" or rows.shape[0] == 0:
-        y = packed_linear(rows, fragments, metadata, out_features, bias)
-    elif choice.method == "tiled":
-        y = tiled_linear(rows, fragments, metadata, out_features, bias)
-    elif choice.method == "cusparselt" and compressed is not None:
-        y = cusparselt.linear(rows, compressed, bias, choice.algorithm)
-    else:
-        y = torch.nn.functional.linear(rows, expand(fragments, metadata, out_features, columns), bias)
-    return y.view(*x.shape[:-1], out_features).to(x.dtype)
+        return triton_linear(rows, fragments, metadata, bias)
+    M, columns = rows.shape
+    layer = (out_features, columns, str(rows.dtype).removeprefix("torch."))
+    choice = table(rows.device.index).choose(M, layer, compressed is not None)
+    if choice.method == "small_m" or M == 0:
+        return packed_linear(rows, fragments, metadata, out_features, bias)
+    if choice.method == "tiled":
+        return tiled_linear(rows, fragments, metadata, out_features, bias)
+    if choice.method == "cusparselt" and compressed is not None:
+        return cusparselt.linear(rows, compressed, bias, choice.algorithm)
+    return torch.nn.functional.linear(rows, expand(fragments, metadata, out_features, columns), bias)
 
 
 def linear_packed(
@@ -91,7 +99,8 @@ def linear_quantized(
     from cast_serve.kernels.cuda.triton_dense import dense_quantized_linear
 
     rows, bias = _in_16_bits(x, out_features, bias)
-    y = dense_quantized_linear(rows, panels, out_features, bits, group_size or None, bias)
+    with torch.cuda.device_of(x):
+        y = dense_quantized_linear(rows, panels, out_features, bits, group_size or None, bias)
     return y.view(*x.shape[:-1], out_features).to(x.dtype)
 
 
@@ -109,12 +118,13 @@ def linear_quantized_cuda(
     values = "float8_e4m3fn" if panels.dtype == torch.float8_e4m3fn else f"int{bits}"
     layer = (out_features, x.shape[-1], values_name(values, group_size or None))
     choice = table(x.device.index).choose(rows.shape[0], layer, compressed is not None)
-    if choice.method == "cusparselt" and compressed is not None and len(rows):
-        scale = parts(panels, out_features, x.shape[-1], bits, None).scale.flatten()[:out_features]
-        y = cusparselt.linear_rounding(rows, compressed, scale, bias)
-    else:
-        method = "small_m" if choice.method == "cusparselt" else choice.method
-        y = weight_only_linear(rows, panels, out_features, bits, group_size or None, bias, method=method)
+    with torch.cuda.device_of(x):
+        if choice.method == "cusparselt" and compressed is not None and len(rows):
+            scale = parts(panels, out_features, x.shape[-1], bits, None).scale.flatten()[:out_features]
+            y = cusparselt.linear_rounding(rows, compressed, scale, bias, choice.algorithm)
+        else:
+            method = "small_m" if choice.method == "cusparselt" else choice.method
+            y = weight_only_linear(rows, panels, out_features, bits, group_size or None, bias, method=method)
     return y.view(*x.shape[:-1], out_features).to(x.dtype)
 
 

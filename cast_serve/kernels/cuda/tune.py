@@ -7,6 +7,7 @@ import torch
 
 from cast_serve.kernels.cuda import measurement
 from cast_serve.kernels.cuda.crossover import DENSE, METHODS, Layer, Point, values_name
+from cast_serve.kernels.cuda.cusparselt import DEFAULT
 from cast_serve.kernels.cuda.measurement import Gpu
 from cast_serve.kernels.cuda.weight_only import check_group_size
 from conversion.packed_checkpoint import PackedCheckpoint
@@ -68,13 +69,13 @@ def _tune_layer(machine: Gpu, layer: Layer, rows: Sequence[int], advance: Callab
                 continue
             try:
                 seconds[name] = machine.seconds(candidate.calls)
-            except RuntimeError:  # a shape that a library refuses is one that it is not chosen for
+            except RuntimeError:  # a library refuses this shape: it is not chosen for it
                 continue
         best = min(seconds[name] for name in METHODS if name in seconds)
         slow = {name for name, taken in seconds.items() if taken > HOPELESS * best and name != DENSE}
         if points:
             hopeless |= {name for name in slow if points[-1].seconds.get(name, 0.0) > HOPELESS * _best(points[-1])}
-        algorithm = candidates["cusparselt"].algorithm if "cusparselt" in candidates else 0
+        algorithm = candidates["cusparselt"].algorithm if "cusparselt" in candidates else DEFAULT
         points.append(Point(M, seconds, algorithm))
         advance(1)
     return points

@@ -19,6 +19,7 @@ from conversion.errors import InputError
 from conversion.quantization.formats import INT4, decode, groups_of
 
 OUTPUTS = {torch.bfloat16: "Bf16", torch.float16: "Fp16"}
+WEIGHT_ONLY = [Types(weight, output) for weight in ("W8", "F8", "W4") for output in OUTPUTS.values()]
 
 
 Method = Literal["small_m", "tiled", "expanded"]

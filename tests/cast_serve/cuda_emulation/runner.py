@@ -10,11 +10,12 @@ from torch import Tensor
 
 from cast_serve.kernels.cuda.plan import Kernel, Types
 from cast_serve.kernels.cuda.source import CSRC, linear_kernels, macros
+from cast_serve.kernels.cuda.weight_only import WEIGHT_ONLY
 
 HERE = Path(__file__).parent
 ALL_TYPES = [Types(weight, weight) for weight in ("Bf16", "Fp16")]
 ALL_TYPES += [Types(weight, "Bf16") for weight in ("S8", "E4m3")]
-ALL_TYPES += [Types(weight, output) for weight in ("W8", "F8", "W4") for output in ("Bf16", "Fp16")]
+ALL_TYPES += WEIGHT_ONLY
 
 
 class Emulation:
