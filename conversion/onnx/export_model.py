@@ -93,7 +93,7 @@ def export(
         raise InputError(
             f"the embedding of {source.directory} is already {source.embedding.values.name}: leave --embedding out"
         )
-    with new_directory(Path(out_dir), overwrite, source.directory) as building:
+    with new_directory(Path(out_dir), overwrite, source.directory, [MANIFEST]) as building:
         model, calibrated = dense_model(source), None
         if dense is not None and dense.calibration:
             assert isinstance(source, Checkpoint)
