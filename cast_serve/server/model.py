@@ -1,7 +1,6 @@
 """The one model that a server serves: engine, tokenizer and chat template of an ONNX model directory."""
 
 import asyncio
-import json
 import time
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cast_serve.engine import Engine
+from cast_serve.engine.manifest import read_manifest
 from cast_serve.freed_memory import return_freed_memory
 from cast_serve.server.chat_template import ChatTemplate
 from cast_serve.server.errors import APIError
@@ -40,7 +40,7 @@ class ServedModel:
     @classmethod
     def load(cls, onnx_dir: Path, name: str, **engine_options: Any) -> "ServedModel":
         """Load `onnx_dir` (see conversion.onnx.export); InputError says what is wrong with it."""
-        manifest = json.loads((onnx_dir / "cast_onnx.json").read_text(encoding="utf-8"))
+        manifest = read_manifest(onnx_dir)
         tokenizer = Tokenizer(onnx_dir / "tokenizer.json")
         chat_template = ChatTemplate.load(onnx_dir)
         engine = Engine(onnx_dir, **engine_options)
@@ -50,8 +50,8 @@ class ServedModel:
             engine=engine,
             tokenizer=tokenizer,
             chat_template=chat_template,
-            eos_token_ids=frozenset(manifest["eos_token_ids"]),
-            fingerprint=f"cast-{version('cast-serve')}-{manifest['source_fingerprint'][:12]}",
+            eos_token_ids=frozenset(manifest.eos_token_ids),
+            fingerprint=f"cast-{version('cast-serve')}-{manifest.source_fingerprint[:12]}",
         )
 
     def card(self) -> Model:

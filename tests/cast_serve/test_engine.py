@@ -298,6 +298,7 @@ def test_damaged_directories_are_refused(onnx_dir: Path, tmp_path: Path) -> None
     manifest = json.loads((onnx_dir / "cast_onnx.json").read_text())
     for change, message in (
         ({"version": 1}, "has version 1"),
+        ({"eos_token_ids": None}, "'eos_token_ids' is no list"),
         ({"inputs": ["input_ids"]}, "name different inputs"),
         ({"sparse_layers": 99}, "speaks of 99 sparse layers"),
         ({"head_dim": 8}, "cannot be executed"),
@@ -306,6 +307,9 @@ def test_damaged_directories_are_refused(onnx_dir: Path, tmp_path: Path) -> None
             Engine(damaged("cast_onnx.json", json.dumps(manifest | change).encode()))
     with pytest.raises(InputError, match="damaged"):
         Engine(damaged("cast_onnx.json", b"{"))
+    del manifest["eos_token_ids"]
+    with pytest.raises(InputError, match="damaged.*eos_token_ids"):
+        Engine(damaged("cast_onnx.json", json.dumps(manifest).encode()))
     with pytest.raises(InputError, match="cannot be loaded"):
         Engine(damaged("model.onnx", b"\x00\x01nonsense"))
     weights = (onnx_dir / "model.onnx.data").read_bytes()

@@ -1,6 +1,8 @@
 """Directories that appear complete or not at all, and what they may replace."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -51,3 +53,18 @@ def test_an_output_that_cannot_be_made_is_refused(tmp_path: Path, place: str) ->
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot be made"):
         make(tmp_path / place)
+
+
+def test_a_command_that_is_told_to_stop_leaves_nothing(tmp_path: Path) -> None:
+    code = (
+        "import pathlib, time; from conversion.atomic import new_directory; from conversion.command import run\n"
+        "def work():\n    with new_directory(pathlib.Path('out')):\n        print('begun', flush=True); time.sleep(60)\n"
+        "run(work)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "begun\n"
+        assert len(list(tmp_path.iterdir())) == 1
+        process.terminate()
+    assert process.returncode == 143
+    assert not list(tmp_path.iterdir())

@@ -253,6 +253,27 @@ def test_what_is_no_index_is_refused(copy, index, tmp_path):
     assert_refused(copy, "is not a shard index", tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"model_type": ["llama"]}, "names no model_type"),
+        ({"quantization_config": "gptq"}, "its quantization_config is no object"),
+        ({"compression_config": 1}, "its compression_config is no object"),
+    ],
+)
+def test_a_damaged_config_is_refused(copy, changes, match, tmp_path):
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | changes))
+    assert_refused(copy, match, tmp_path)
+
+
+def test_a_config_may_say_that_nothing_is_quantized(copy, source, tmp_path):
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"quantization_config": None}))
+    save_packed(copy, tmp_path / "out")
+    verify(tmp_path / "out", source)
+
+
 def test_a_packed_source_is_refused(packed, tmp_path):
     assert_refused(packed, "already quantized or packed", tmp_path)
 
