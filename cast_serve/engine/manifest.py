@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import get_origin
+from typing import Any, get_origin
 
 from conversion.errors import InputError
 
@@ -44,7 +44,7 @@ def read_manifest(onnx_dir: Path) -> Manifest:
             raise InputError(f"{path} has version {version}, this software reads {VERSION}: export the model again")
         manifest = Manifest(**{field.name: content[field.name] for field in fields(Manifest)})
         for field in fields(Manifest):
-            kind = get_origin(field.type) or field.type
+            kind: Any = get_origin(field.type) or field.type
             if not isinstance(getattr(manifest, field.name), kind):
                 raise TypeError(f"'{field.name}' is no {kind.__name__}")
         return manifest

@@ -58,7 +58,8 @@ def test_an_output_that_cannot_be_made_is_refused(tmp_path: Path, place: str) ->
 def test_a_command_that_is_told_to_stop_leaves_nothing(tmp_path: Path) -> None:
     code = (
         "import pathlib, time; from conversion.atomic import new_directory; from conversion.command import run\n"
-        "def work():\n    with new_directory(pathlib.Path('out')):\n        print('begun', flush=True); time.sleep(60)\n"
+        "def work():\n    with new_directory(pathlib.Path('out')):\n"
+        "        print('begun', flush=True); time.sleep(60)\n"
         "run(work)"
     )
     with subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE, text=True) as process:
