@@ -47,7 +47,7 @@ class ChatTemplate:
             raise InputError(f"{directory / 'tokenizer_config.json'} is damaged: copy or make it again") from None
         return None if source is None else cls(source, special)
 
-    def render(self, messages: list[dict[str, Any]], **variables: Any) -> str:
+    def render(self, messages: list[dict[str, Any]], /, **variables: Any) -> str:
         """The prompt that asks for the next assistant message.
 
         Raises:

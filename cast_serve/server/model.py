@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -90,11 +91,13 @@ class ServedModel:
         except ValueError as error:
             raise APIError(f"the model's chat template refuses these messages: {error}", param="messages") from None
 
-    async def encode(self, text: str, *, special: bool) -> list[int]:
-        """Token ids of `text` (see Tokenizer.encode)."""
-        if len(text) > _LONG_TEXT:
-            return await asyncio.to_thread(self.tokenizer.encode, text, special=special)
-        return self.tokenizer.encode(text, special=special)
+    async def encode(self, texts: Sequence[str], *, special: bool) -> list[list[int]]:
+        """Token ids of each text (see Tokenizer.encode)."""
+
+        def encode() -> list[list[int]]:
+            return [self.tokenizer.encode(text, special=special) for text in texts]
+
+        return await asyncio.to_thread(encode) if sum(map(len, texts)) > _LONG_TEXT else encode()
 
     def room_for(self, prompt_ids: list[int], max_tokens: int | None, default: int | None, param: str) -> int:
         """How many tokens to generate for a prompt.
