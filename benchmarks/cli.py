@@ -56,7 +56,7 @@ def bench(
     from benchmarks.load.measurements import Settings
     from benchmarks.load.servers import serve_command
     from benchmarks.report.quality import Quality
-    from benchmarks.report.render import write_report
+    from benchmarks.report.render import read_png, write_report
     from benchmarks.report.summary import summary_table
     from cast_serve.server.model_dir import find_onnx_dir
     from conversion.hub import local_model
@@ -65,6 +65,8 @@ def bench(
     dense, sparse = local_model(dense), local_model(sparse)
     concurrencies = _concurrencies(concurrency)
     evaluated = Quality.read(quality) if quality else None
+    if training_curve is not None:
+        read_png(training_curve)  # now, not after an hour of measuring
     context = context_length(read_config(dense)) or sys.maxsize
     settings = Settings(
         concurrencies=concurrencies,
