@@ -36,7 +36,9 @@ def check_target(
         )
     parent = next(parent for parent in target.absolute().parents if parent.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise InputError(f"{target} cannot be made, {parent} is no directory that you may write to: choose another one")
+        raise InputError(
+            f"{target} cannot be made, {parent} is no directory that you may write to: mend that, or choose another"
+        )
 
 
 @contextmanager
