@@ -1,6 +1,5 @@
 """`cast bench` and `cast pipeline`."""
 
-import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -57,16 +56,17 @@ def bench(
     from benchmarks.load.measurements import Settings
     from benchmarks.load.servers import serve_command
     from benchmarks.report.quality import Quality
-    from benchmarks.report.render import write_report
+    from benchmarks.report.render import read_png, write_report
     from benchmarks.report.summary import summary_table
     from cast_serve.server.model_dir import find_onnx_dir
     from conversion.hub import local_model
     from conversion.model_config import context_length, read_config
 
-    _stop_on_sigterm()
     dense, sparse = local_model(dense), local_model(sparse)
     concurrencies = _concurrencies(concurrency)
     evaluated = Quality.read(quality) if quality else None
+    if training_curve is not None:
+        read_png(training_curve)  # now, not after an hour of measuring
     context = context_length(read_config(dense)) or sys.maxsize
     settings = Settings(
         concurrencies=concurrencies,
@@ -117,7 +117,6 @@ def pipeline(
     from conversion.hub import local_model
     from conversion.model_config import read_config
 
-    _stop_on_sigterm()
     for text in (data, heldout):
         if not text.exists():
             raise InputError(f"there is no text {text}: give a .txt, .jsonl or .parquet file")
@@ -138,11 +137,6 @@ def pipeline(
     result = BenchResult.model_validate_json(made.measurements.read_bytes())
     console.print(summary_table(result, Quality.read(made.quality)))
     console.print(f"report: {made.page.resolve()}", soft_wrap=True)
-
-
-def _stop_on_sigterm() -> None:
-    """Leave by an exception when told to stop, so that the servers and stages that were started are stopped too."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
 def _concurrencies(text: str) -> list[int]:

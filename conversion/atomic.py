@@ -4,7 +4,7 @@ import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,7 +15,13 @@ from conversion.errors import InputError
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
-def check_target(target: Path, overwrite: bool = False, source: Path | None = None) -> None:
+# Of the directories that commands make each holds one of these: model directories, and reports of the scaling law.
+_MADE = ("config.json", "scaling-law.json")
+
+
+def check_target(
+    target: Path, overwrite: bool = False, source: Path | None = None, made: Sequence[str] = _MADE
+) -> None:
     """Raise the InputError that `new_directory` would, without making anything."""
     if source is not None and source.resolve().is_relative_to(target.resolve()):
         raise InputError(f"writing {target} would replace its source {source}: choose another output directory")
@@ -23,34 +29,65 @@ def check_target(target: Path, overwrite: bool = False, source: Path | None = No
         raise InputError(f"{target} already exists: choose another output directory or pass --overwrite")
     if target.exists() and not target.is_dir():
         raise InputError(f"{target} is a file: choose a directory as output")
+    if target.exists() and any(target.iterdir()) and not any((target / name).is_file() for name in made):
+        raise InputError(
+            f"{target} holds other files than would replace it (there is no {' or '.join(made)}): "
+            "choose another output directory, or delete it yourself"
+        )
+    parent = next(parent for parent in target.absolute().parents if parent.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise InputError(
+            f"{target} cannot be made, {parent} is no directory that you may write to: mend that, or choose another"
+        )
 
 
 @contextmanager
-def new_directory(target: Path, overwrite: bool = False, source: Path | None = None) -> Iterator[Path]:
+def new_directory(
+    target: Path, overwrite: bool = False, source: Path | None = None, made: Sequence[str] = _MADE
+) -> Iterator[Path]:
     """Yield a directory beside `target` that takes its name if the body succeeds and is deleted if it does not.
 
+    Args:
+        overwrite: replace an existing `target`, at the very end.
+        source: what must not be replaced.
+        made: only a directory that holds one of these files, or nothing, is replaced: others were made by someone else.
+
     Raises:
-        InputError: `target` exists and `overwrite` is false; with `overwrite` the old one is replaced at the very end,
-            unless that would delete `source`. Or the disk is full.
+        InputError: `target` exists and may not be replaced, cannot be made, or the disk is full.
     """
-    check_target(target, overwrite, source)
+    check_target(target, overwrite, source, made)
     target = target.absolute()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        building = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    except OSError as error:
+        raise InputError(f"{target} cannot be made ({error.strerror}): choose another output directory") from None
     try:
         building.chmod(0o777 & ~_umask())
         with room_for(target):
             yield building
         if target.exists():
-            replaced = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
-            os.rename(target, replaced / target.name)
-            os.rename(building, target)
-            shutil.rmtree(replaced)
+            _replace(target, building)
         else:
             os.rename(building, target)
     except BaseException:
         shutil.rmtree(building, ignore_errors=True)
         raise
+
+
+def _replace(target: Path, building: Path) -> None:
+    """Put `building` in the place of `target`, which stays there if that fails."""
+    replaced = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
+    old = replaced / target.name
+    try:
+        os.rename(target, old)
+        os.rename(building, target)
+    except BaseException:
+        if old.exists():
+            os.rename(old, target)
+        replaced.rmdir()
+        raise
+    shutil.rmtree(replaced)
 
 
 def write_text(target: Path, text: str) -> None:

@@ -49,8 +49,8 @@ class Checkpoint:
         if (compressed := description(self.config)) is not None:
             self.shards: Shards = CompressedShards(self.directory, compressed)
             self.config = {key: value for key, value in self.config.items() if value is not compressed}
-        elif "quantization_config" in self.config:
-            method = self.config["quantization_config"].get("quant_method")
+        elif quantization := self.config.get("quantization_config"):
+            method = quantization.get("quant_method")
             raise InputError(
                 f"{self.directory} is already quantized or packed ({method}): give the dense model it came from"
             )

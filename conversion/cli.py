@@ -74,7 +74,7 @@ def convert(
     verify: Annotated[
         bool, typer.Option("--verify", help="Then check the packed result against the source: bits and logits.")
     ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it was made so before.")] = False,
 ) -> None:
     """Convert a model: 2:4 weights into the packed checkpoint, or any supported model into an ONNX directory.
 

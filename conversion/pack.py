@@ -88,7 +88,7 @@ def save_packed(
     digests: dict[str, str] = {}
     weight_map: dict[str, str] = {}
     packed_bytes = 0
-    with new_directory(Path(out_dir), overwrite, source.directory) as building:
+    with new_directory(Path(out_dir), overwrite, source.directory, [INDEX]) as building:
         values = replace(_values(source, value_dtype, quantization, calibration), embedding=embedding)
         with byte_progress("packing", total_bytes, show_progress) as advance:
             for shard, infos in source.shards.by_shard():

@@ -114,9 +114,16 @@ def _read_index(directory: Path) -> dict:
     if (directory / INDEX).is_file():
         try:
             index: dict = json.loads((directory / INDEX).read_text())
-            index["weight_map"].items()
+            shards = set(index["weight_map"].values())
+            index.get("metadata", {}).get("sha256", {}).items()
         except (ValueError, KeyError, TypeError, AttributeError):
             raise InputError(f"{directory / INDEX} is not a shard index: copy the checkpoint again") from None
+        for shard in shards:  # names of files are also made of them: none may lead out of the directory
+            if not isinstance(shard, str) or shard != Path(shard).name or not shard.endswith(".safetensors"):
+                raise InputError(
+                    f"{directory / INDEX} names a shard '{shard}', which is no safetensors file of that directory: "
+                    "copy the checkpoint again"
+                )
         return index
     if (directory / SINGLE).is_file():
         return {}

@@ -17,6 +17,7 @@ from conversion.onnx import GRAPH, export
 from conversion.onnx.dense_nbits import DenseQuantization
 from conversion.pack import save_packed
 from conversion.quantization.formats import Quantization
+from conversion.text import open_sources
 
 _SOURCES = "sources.json"
 _VERSION = 2
@@ -52,7 +53,7 @@ def check_work(sources: Sources) -> None:
         "version": _VERSION,
         "dense": source_fingerprint(sources.dense),
         "sparse": source_fingerprint(sources.sparse),
-        "calibration": [str(path.resolve()) for path in sources.calibration],
+        "calibration": [text.fingerprint() for path in sources.calibration for text in open_sources(str(path))],
         "graph": GRAPH,
     }
     sources.work.mkdir(parents=True, exist_ok=True)

@@ -14,6 +14,7 @@ from matplotlib.lines import Line2D
 
 from benchmarks.cpu.results import Measured, Rate, rates, rivals
 from benchmarks.markdown import markdown_table
+from benchmarks.report.statistics import Spread
 from conversion.atomic import write_text
 
 _COLORS = {"dense": "tab:gray", "2:4": "tab:blue", "llama.cpp": "tab:orange"}
@@ -132,29 +133,34 @@ def _figure(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}"
 
 
+def _ratio(spread: Spread) -> str:
+    return f"{spread.median:.2f} ({spread.low:.2f}–{spread.high:.2f})"
+
+
 def _ratios(found: Sequence[Measured], by_name: dict[str, Rate]) -> list[str]:
     others = rivals(found)
     rows = [
-        [m.name, *(", ".join(f"{rival.ratio(m, rate):.2f}" for rate in by_name.values()) for rival in others)]
+        [m.name, *(", ".join(_ratio(rival.ratio(m, rate)) for rate in by_name.values()) for rival in others)]
         for m in found
         if m.family == "2:4"
     ]
     return [
-        f"How many times as fast 2:4 is as the fastest of each kind: {', '.join(by_name)} (medians over the rounds).",
+        f"How many times as fast 2:4 is as the fastest of each kind: {', '.join(by_name)} (round against round, the "
+        "median and lowest–highest).",
         "",
         markdown_table(["", *(rival.name for rival in others)], rows),
     ]
 
 
 def _losses(found: Sequence[Measured], by_name: dict[str, Rate]) -> list[str]:
-    lines = ["Where 2:4 loses:", ""]
+    lines = ["Where 2:4 loses, in speed in every round:", ""]
     for m in (m for m in found if m.family == "2:4"):
         slower = []
         for rival in rivals(found):
             lost = {name: rival.ratio(m, rate) for name, rate in by_name.items()}
-            lost = {name: ratio for name, ratio in lost.items() if ratio < 1}
+            lost = {name: ratio for name, ratio in lost.items() if ratio.verdict(higher_is_better=True) == "worse"}
             if lost:
-                slower.append(f"{rival.name} ({', '.join(f'{name} {ratio:.2f}' for name, ratio in lost.items())})")
+                slower.append(f"{rival.name} ({', '.join(f'{name} {_ratio(ratio)}' for name, ratio in lost.items())})")
         dense = [o for o in found if o.family != "2:4"]
         losses = [f"slower than {' and '.join(slower)}"] if slower else []
         if m.perplexity is not None:

@@ -6,6 +6,7 @@ from functools import partial
 from statistics import median
 
 from benchmarks.cpu.job import Turn
+from benchmarks.report.statistics import Spread
 
 VALUES = ("fp32", "bf16", "int8", "int4")
 
@@ -76,10 +77,10 @@ class Rival:
     def fastest(self, rate: Rate) -> Measured:
         return max(self.candidates, key=lambda measured: median(rate(measured)))
 
-    def ratio(self, measured: Measured, rate: Rate) -> float:
-        """How many times as fast `measured` is as the fastest: median over the rounds."""
+    def ratio(self, measured: Measured, rate: Rate) -> Spread:
+        """How many times as fast `measured` is as the fastest, round against round."""
         rounds = zip(rate(measured), rate(self.fastest(rate)), strict=True)
-        return median(mine / other for mine, other in rounds)
+        return Spread.of([mine / other for mine, other in rounds])
 
 
 def rivals(found: Sequence[Measured]) -> list[Rival]:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -35,8 +36,9 @@ def free_port() -> int:
 
 
 def weight_files_bytes(directory: Path) -> int:
-    """Bytes of a model directory's weight files."""
-    return sum(path.stat().st_size for path in directory.glob("*.safetensors"))
+    """Bytes of a model directory's weight files; of the graph and its weights where it is for ONNX Runtime."""
+    files = [*directory.glob("*.safetensors")] or directory.glob("model.onnx*")
+    return sum(path.stat().st_size for path in files)
 
 
 class Server:
@@ -111,7 +113,7 @@ class Server:
     def describe(self) -> ServedModel:
         """Ask GET /v1/models/{id} what the server runs."""
         model_id = self._get_json("/v1/models")["data"][0]["id"]
-        proof = self._get_json(f"/v1/models/{model_id}")["cast24"]
+        proof = self._get_json(f"/v1/models/{urllib.parse.quote(model_id)}")["cast24"]
         return ServedModel(
             directory=str(self.model),
             id=model_id,

@@ -52,16 +52,20 @@ def write_report(
     result: BenchResult, out: Path, quality: Quality | None = None, training_curve: Path | None = None
 ) -> Path:
     """Write bench.json and report.html into `out`, each whole or not at all; return the page's path."""
-    page = render(result, quality, training_curve)
-    write_text(out / "bench.json", json.dumps(result.model_dump(mode="json"), indent=1))
-    write_text(out / "report.html", page)
+    write_text(out / "bench.json", json.dumps(result.model_dump(mode="json"), indent=1))  # first: it took long
+    write_text(out / "report.html", render(result, quality, training_curve))
     return out / "report.html"
 
 
+def read_png(path: Path) -> bytes:
+    """The content of a PNG file; InputError if it is none."""
+    if not path.is_file() or not (content := path.read_bytes()).startswith(b"\x89PNG"):
+        raise InputError(f"{path} is no PNG file: give the training curve that `cast train` drew")
+    return content
+
+
 def _data_uri(png: Path) -> str:
-    if not png.is_file() or not (content := png.read_bytes()).startswith(b"\x89PNG"):
-        raise InputError(f"{png} is no PNG file: give the training curve that `cast train` drew")
-    return "data:image/png;base64," + base64.b64encode(content).decode()
+    return "data:image/png;base64," + base64.b64encode(read_png(png)).decode()
 
 
 def _fixed(number: float, digits: int) -> str:

@@ -1,5 +1,6 @@
 """The engine: one thread that steps a model over all requests, and the surface that a server uses."""
 
+import logging
 import threading
 from collections import deque
 from dataclasses import replace
@@ -24,6 +25,9 @@ _BATCH_SIZES_KEPT = 100_000
 IDLE_RELEASE_S = 0.5
 
 
+logger = logging.getLogger(__name__)
+
+
 class Engine:
     """Generates for many requests at once from an ONNX model directory (see conversion.onnx.export).
 
@@ -36,9 +40,14 @@ class Engine:
         threads: threads of the computation; by default one for each core that the process may use.
 
     All methods may be called from any thread.
+
+    Attributes:
+        info: what is loaded.
+        failure: why the engine has stopped for good, without having been closed; None while it runs.
     """
 
     info: ModelInfo
+    failure: str | None = None
 
     def __init__(
         self,
@@ -70,7 +79,7 @@ class Engine:
         self._cancelled = False
         self._closing = False
         self._changed = threading.Condition()
-        self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
     def submit(self, prompt_ids: list[int], params: SamplingParams) -> Generation:
@@ -79,7 +88,7 @@ class Engine:
         Raises:
             InputError: an empty prompt, one that leaves no room in the context, a token outside the vocabulary, or a
                 sampling parameter out of range.
-            EngineError: the engine is closed.
+            EngineError: the engine is closed, or has failed.
         """
         sampler.check(params)
         context, vocabulary = self.info.context_length, self.info.vocab_size
@@ -92,7 +101,7 @@ class Engine:
         sequence = Sequence(list(prompt_ids), params, Generation(self._on_cancel), Sampler(params))
         with self._changed:
             if self._closing:
-                raise EngineError("the engine is closed")
+                raise EngineError(self.failure or "the engine is closed")
             self._submitted.append(sequence)
             self._changed.notify()
         return sequence.generation
@@ -122,8 +131,19 @@ class Engine:
             self._cancelled = True
             self._changed.notify()
 
+    def _run(self) -> None:
+        """The engine's thread. No request may wait for a thread that is gone."""
+        try:
+            self._loop()
+        except Exception as error:
+            logger.exception("the engine has stopped")
+            with self._changed:
+                self._closing, self.failure = True, f"the engine has stopped: {type(error).__name__}: {error}"
+                for sequence in [*self._unfinished(), *self._submitted]:
+                    sequence.generation.fail(self.failure)
+
     def _loop(self) -> None:
-        """The engine's thread. The scheduler is touched here only, under the lock because `stats` reads it."""
+        """The scheduler is touched here only, under the lock because `stats` reads it."""
         while True:
             with self._changed:
                 idle_for: float | None = IDLE_RELEASE_S

@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any, get_origin
 
 from conversion.errors import InputError
 
@@ -11,7 +12,7 @@ VERSION = 3
 
 @dataclass(frozen=True)
 class Manifest:
-    """The fields of cast_onnx.json that the engine needs (conversion.onnx.export writes it)."""
+    """The fields of cast_onnx.json that serving needs (conversion.onnx.export writes it)."""
 
     pattern: str
     value_dtype: str
@@ -24,6 +25,8 @@ class Manifest:
     context_length: int
     vocab_size: int
     inputs: list[str]
+    eos_token_ids: list[int]
+    source_fingerprint: str
 
 
 def read_manifest(onnx_dir: Path) -> Manifest:
@@ -39,7 +42,12 @@ def read_manifest(onnx_dir: Path) -> Manifest:
         version = content["version"]
         if version != VERSION:
             raise InputError(f"{path} has version {version}, this software reads {VERSION}: export the model again")
-        return Manifest(**{field.name: content[field.name] for field in fields(Manifest)})
+        manifest = Manifest(**{field.name: content[field.name] for field in fields(Manifest)})
+        for field in fields(Manifest):
+            kind: Any = get_origin(field.type) or field.type
+            if not isinstance(getattr(manifest, field.name), kind):
+                raise TypeError(f"'{field.name}' is no {kind.__name__}")
+        return manifest
     except InputError:
         raise
     except (ValueError, TypeError, KeyError) as error:

@@ -9,7 +9,7 @@ import typer
 def export_genai(
     source: Annotated[Path, typer.Argument(help="2:4 model, packed or not: a directory, or a hub id.")],
     out: Annotated[Path, typer.Argument(help="Directory to make.")],
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it was made so before.")] = False,
 ) -> None:
     """Export a 2:4 model for onnxruntime-genai on NVIDIA GPUs, its linears by our kernels.
 

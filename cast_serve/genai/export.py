@@ -45,7 +45,7 @@ def export_genai(
     if isinstance(source, Checkpoint) and (violation := source.first_violation()) is not None:
         raise InputError(f"{violation}: only 2:4 models have kernels of ours")
     quantized = source if isinstance(source, PackedCheckpoint) and source.quantization is not None else None
-    with new_directory(Path(out_dir), overwrite, source.directory) as building:
+    with new_directory(Path(out_dir), overwrite, source.directory, [CONFIG]) as building:
         model = dense_model(source, torch.float16)
         if any(not tensor.isfinite().all() for tensor in model.state_dict().values()):
             raise InputError(f"{source.directory} has weights beyond float16, in which GPUs are to run it")

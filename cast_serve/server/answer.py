@@ -1,5 +1,6 @@
 """From a validated request to its HTTP response, for both endpoints that generate text."""
 
+import contextlib
 import time
 import uuid
 from abc import ABC, abstractmethod
@@ -95,9 +96,12 @@ class Answer(ABC, Generic[RequestT]):
 
 async def respond(answer: Answer[Any], http: Request, metrics: ServerMetrics, admission: Admission) -> Response:
     """Generate, and answer in one body or as a stream."""
-    request = answer.request
-    prompts = await answer.prompts()
-    job = Job(answer.model, metrics, admission, prompts, n=request.n, stops=request.stop)
+    request, arrived = answer.request, time.perf_counter()
+    with contextlib.ExitStack() as undo:
+        admission.take(request.sequences)  # first: what there is no room for is not worth tokenizing
+        undo.callback(admission.give_back, request.sequences)
+        prompts = await answer.prompts()
+        job = Job(answer.model, metrics, undo, prompts, n=request.n, stops=request.stop, arrived=arrived)
     if request.stream:
         return EventStream(job, _events(answer, job))
     with job:

@@ -9,6 +9,7 @@ from fastapi.responses import JSONResponse, Response
 
 from cast_serve.server import errors
 from cast_serve.server.answer import respond
+from cast_serve.server.body_limit import LimitBody
 from cast_serve.server.chat_completions import ChatAnswer
 from cast_serve.server.completions import CompletionAnswer
 from cast_serve.server.errors import APIError
@@ -74,6 +75,7 @@ def create_app(
             await asyncio.to_thread(server.loaded.engine.close)
 
     app = FastAPI(title="cast serve", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app.add_middleware(LimitBody)
     app.add_middleware(EndOnShutdown)
     app.add_middleware(CountRequests, metrics=server.metrics)  # the outermost: it sees every answer
     errors.install(app)
@@ -84,7 +86,10 @@ def create_app(
 def _add_routes(app: FastAPI, server: Server) -> None:
     @app.get("/health")
     async def health() -> Response:
-        return JSONResponse({"status": "ok", "model": server.model.name})
+        model = server.model
+        if model.engine.failure is not None:
+            raise APIError(model.engine.failure, code="engine_error", status=503)
+        return JSONResponse({"status": "ok", "model": model.name})
 
     @app.get("/metrics")
     async def metrics() -> Response:

@@ -21,7 +21,7 @@ class ChatAnswer(Answer[ChatRequest]):
         request = self.request
         messages = [message.for_template() for message in request.messages]
         text = self.model.render_chat(messages, request.chat_template_kwargs)
-        ids = await self.model.encode(text, special=False)  # the template has written the special tokens
+        (ids,) = await self.model.encode([text], special=False)  # the template has written the special tokens
         max_tokens = self.model.room_for(ids, request.max_completion_tokens or request.max_tokens, None, "messages")
         return [(ids, self.sampling(max_tokens, (request.top_logprobs or 0) if request.logprobs else None))]
 

@@ -12,6 +12,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from conversion.errors import InputError
+from conversion.model_config import read_json
 
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
@@ -27,25 +28,26 @@ class ChatTemplate:
     def __init__(self, source: str, special_tokens: dict[str, str]) -> None:
         try:
             self._template = _environment().from_string(source)
-        except jinja2.TemplateError as error:
+        except (jinja2.TemplateError, TypeError, AttributeError) as error:  # the latter if it is no text
             raise InputError(f"the model's chat template is not valid jinja: {error}") from None
         self._special_tokens = special_tokens
 
     @classmethod
     def load(cls, directory: Path) -> "ChatTemplate | None":
         """Read a model directory's template (chat_template.jinja, else tokenizer_config.json); None if it has none."""
-        config = _read_json(directory / "tokenizer_config.json")
-        named = _read_json(directory / "special_tokens_map.json") | config
+        config = read_json(directory / "tokenizer_config.json")
+        named = read_json(directory / "special_tokens_map.json") | config
         file = directory / "chat_template.jinja"
         source = file.read_text(encoding="utf-8") if file.exists() else config.get("chat_template")
-        if isinstance(source, list):  # several named templates
-            source = {entry["name"]: entry["template"] for entry in source}.get("default")
-        if source is None:
-            return None
-        special = {key: _content(named[key]) for key in _SPECIAL_TOKENS if named.get(key) is not None}
-        return cls(source, special)
+        try:
+            if isinstance(source, list):  # several named templates
+                source = {entry["name"]: entry["template"] for entry in source}.get("default")
+            special = {key: _content(named[key]) for key in _SPECIAL_TOKENS if named.get(key) is not None}
+        except (KeyError, TypeError):
+            raise InputError(f"{directory / 'tokenizer_config.json'} is damaged: copy or make it again") from None
+        return None if source is None else cls(source, special)
 
-    def render(self, messages: list[dict[str, Any]], **variables: Any) -> str:
+    def render(self, messages: list[dict[str, Any]], /, **variables: Any) -> str:
         """The prompt that asks for the next assistant message.
 
         Raises:
@@ -93,7 +95,3 @@ def _raise_exception(message: str) -> NoReturn:
 
 def _content(token: str | dict[str, Any]) -> str:
     return token if isinstance(token, str) else token["content"]
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}

@@ -56,7 +56,7 @@ def serve(
     """Serve a model behind an OpenAI-compatible endpoint (/v1/completions, /v1/chat/completions, /metrics).
 
     DIR is a directory made by `cast convert --to onnx`, or a packed or dense Hugging Face directory; that one is
-    converted first, once, into DIR/onnx (DIR/onnx-bfloat16 with --value-dtype bfloat16).
+    converted first, once, into DIR/cast-onnx (DIR/cast-onnx-bfloat16 with --value-dtype bfloat16).
 
     On vLLM, with its settings: cast serve DIR --engine vllm --port 8000 --max-model-len 4096 --tensor-parallel-size 2
     """

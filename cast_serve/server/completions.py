@@ -20,10 +20,11 @@ class CompletionAnswer(Answer[CompletionRequest]):
     chunk_writer = CompletionChunks
 
     async def prompts(self) -> list[tuple[list[int], SamplingParams]]:
-        return [await self._prompt(prompt) for prompt in self.request.prompt]
+        texts = [prompt for prompt in self.request.prompt if isinstance(prompt, str)]
+        encoded = iter(await self.model.encode(texts, special=True))
+        return [self._prompt(next(encoded) if isinstance(prompt, str) else prompt) for prompt in self.request.prompt]
 
-    async def _prompt(self, prompt: str | list[int]) -> tuple[list[int], SamplingParams]:
-        ids = await self.model.encode(prompt, special=True) if isinstance(prompt, str) else prompt
+    def _prompt(self, ids: list[int]) -> tuple[list[int], SamplingParams]:
         max_tokens = self.model.room_for(ids, self.request.max_tokens, DEFAULT_MAX_TOKENS, "prompt")
         return ids, self.sampling(max_tokens, self.request.logprobs)
 

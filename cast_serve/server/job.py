@@ -49,36 +49,40 @@ class Job:
     """A context manager around `n` generations for each prompt; leaving it cancels what still runs.
 
     Args:
+        undo: what is to be undone in the end, too; the job takes it over if it can be made.
         prompts: token ids and how to sample, per prompt.
         n: choices per prompt; choice `i` of a prompt is sampled with `seed + i`.
         stops: stop strings.
+        arrived: when the request had been read, by `time.perf_counter`.
     """
 
     def __init__(
         self,
         model: ServedModel,
         metrics: ServerMetrics,
-        admission: Admission,
+        undo: contextlib.ExitStack,
         prompts: Sequence[tuple[list[int], SamplingParams]],
         *,
         n: int,
         stops: Sequence[str],
+        arrived: float,
     ) -> None:
         self.prompt_tokens = sum(len(prompt_ids) for prompt_ids, _ in prompts)
         self._metrics = metrics
+        self._arrived = arrived
         self.count = len(prompts) * n
-        admission.take(self.count)
-        with contextlib.ExitStack() as undo:
-            undo.callback(admission.give_back, self.count)
-            self._generations = []
-            self._texts = []
-            for prompt_ids, params in prompts:
-                for choice in range(n):
+        self._generations = []
+        self._texts = []
+        for prompt_ids, params in prompts:
+            for choice in range(n):
+                try:
                     generation = model.engine.submit(prompt_ids, _with_seed(params, choice))
-                    undo.callback(generation.cancel)
-                    self._generations.append(generation)
-                    self._texts.append(ChoiceText(model.tokenizer, stops, logprobs=params.logprobs is not None))
-            self._undo = undo.pop_all()
+                except EngineError as error:
+                    raise _api_error(error) from error
+                undo.callback(generation.cancel)
+                self._generations.append(generation)
+                self._texts.append(ChoiceText(model.tokenizer, stops, logprobs=params.logprobs is not None))
+        self._undo = undo.pop_all()
         metrics.prompt_tokens.inc(self.prompt_tokens)
 
     def __enter__(self) -> "Job":
@@ -106,7 +110,7 @@ class Job:
 
     async def _choice(self, index: int) -> AsyncIterator[tuple[int, Delta]]:
         generation, text = self._generations[index], self._texts[index]
-        timer = ChoiceTimer(self._metrics)
+        timer = ChoiceTimer(self._metrics, self._arrived)
         try:
             async for event in generation:
                 timer.token()
@@ -118,7 +122,11 @@ class Job:
                     return
                 yield index, delta
         except EngineError as error:
-            raise APIError(f"the engine failed: {error}", code="engine_error", status=500) from error
+            raise _api_error(error) from error
+
+
+def _api_error(error: EngineError) -> APIError:
+    return APIError(f"the engine failed: {error}", code="engine_error", status=500)
 
 
 def _with_seed(params: SamplingParams, choice: int) -> SamplingParams:

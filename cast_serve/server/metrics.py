@@ -5,9 +5,9 @@ Counters
     cast:request_success_total{finished_reason}    finished choices: stop, length
     cast:prompt_tokens_total, cast:generation_tokens_total
 Histograms, in seconds, per choice
-    cast:time_to_first_token_seconds               request accepted -> first token
+    cast:time_to_first_token_seconds               request read -> first token
     cast:inter_token_latency_seconds               token -> next token
-    cast:e2e_request_latency_seconds               request accepted -> last token
+    cast:e2e_request_latency_seconds               request read -> last token
 Histogram of the engine
     cast:iteration_batch_size                      sequences in each engine step
 Gauges
@@ -48,13 +48,13 @@ class ServerMetrics:
         )
         self._success_by = {reason: self._success.labels(reason) for reason in ("stop", "length")}
         self.first_token = Histogram(
-            "cast:time_to_first_token_seconds", "Request accepted to first token.", buckets=_SECONDS, registry=registry
+            "cast:time_to_first_token_seconds", "Request read to first token.", buckets=_SECONDS, registry=registry
         )
         self.inter_token = Histogram(
             "cast:inter_token_latency_seconds", "Time between two tokens.", buckets=_SECONDS, registry=registry
         )
         self.end_to_end = Histogram(
-            "cast:e2e_request_latency_seconds", "Request accepted to last token.", buckets=_SECONDS, registry=registry
+            "cast:e2e_request_latency_seconds", "Request read to last token.", buckets=_SECONDS, registry=registry
         )
         self._batch_size = Histogram(
             "cast:iteration_batch_size", "Sequences in an engine step.", buckets=_SEQUENCES, registry=registry
@@ -102,11 +102,15 @@ class ServerMetrics:
 
 
 class ChoiceTimer:
-    """Times the tokens of one choice into the metrics."""
+    """Times the tokens of one choice into the metrics.
 
-    def __init__(self, metrics: ServerMetrics) -> None:
+    Args:
+        arrived: when its request had been read, by `time.perf_counter`.
+    """
+
+    def __init__(self, metrics: ServerMetrics, arrived: float) -> None:
         self._metrics = metrics
-        self._accepted = time.perf_counter()
+        self._arrived = arrived
         self._last = 0.0
 
     def token(self) -> None:
@@ -114,12 +118,12 @@ class ChoiceTimer:
         if self._last:
             self._metrics.inter_token.observe(now - self._last)
         else:
-            self._metrics.first_token.observe(now - self._accepted)
+            self._metrics.first_token.observe(now - self._arrived)
         self._last = now
         self._metrics.generation_tokens.inc()
 
     def finished(self, reason: str) -> None:
-        self._metrics.end_to_end.observe(time.perf_counter() - self._accepted)
+        self._metrics.end_to_end.observe(time.perf_counter() - self._arrived)
         self._metrics.finished(reason)
 
 
@@ -136,7 +140,7 @@ class CountRequests:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        status = 499
+        status: int | None = None
 
         async def note_status(message: Message) -> None:
             nonlocal status
@@ -146,8 +150,11 @@ class CountRequests:
 
         try:
             await self._app(scope, receive, note_status)
+        except Exception:
+            status = status or 500  # the answer is made outside of this middleware
+            raise
         finally:
-            self._counter.labels(self._route(scope["path"]), str(status)).inc()
+            self._counter.labels(self._route(scope["path"]), str(status or 499)).inc()
 
     def _route(self, path: str) -> str:
         if path in self._ROUTES:

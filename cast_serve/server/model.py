@@ -1,14 +1,15 @@
 """The one model that a server serves: engine, tokenizer and chat template of an ONNX model directory."""
 
 import asyncio
-import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from cast_serve.engine import Engine
+from cast_serve.engine.manifest import read_manifest
 from cast_serve.freed_memory import return_freed_memory
 from cast_serve.server.chat_template import ChatTemplate
 from cast_serve.server.errors import APIError
@@ -40,7 +41,7 @@ class ServedModel:
     @classmethod
     def load(cls, onnx_dir: Path, name: str, **engine_options: Any) -> "ServedModel":
         """Load `onnx_dir` (see conversion.onnx.export); InputError says what is wrong with it."""
-        manifest = json.loads((onnx_dir / "cast_onnx.json").read_text(encoding="utf-8"))
+        manifest = read_manifest(onnx_dir)
         tokenizer = Tokenizer(onnx_dir / "tokenizer.json")
         chat_template = ChatTemplate.load(onnx_dir)
         engine = Engine(onnx_dir, **engine_options)
@@ -50,8 +51,8 @@ class ServedModel:
             engine=engine,
             tokenizer=tokenizer,
             chat_template=chat_template,
-            eos_token_ids=frozenset(manifest["eos_token_ids"]),
-            fingerprint=f"cast-{version('cast-serve')}-{manifest['source_fingerprint'][:12]}",
+            eos_token_ids=frozenset(manifest.eos_token_ids),
+            fingerprint=f"cast-{version('cast-serve')}-{manifest.source_fingerprint[:12]}",
         )
 
     def card(self) -> Model:
@@ -90,11 +91,13 @@ class ServedModel:
         except ValueError as error:
             raise APIError(f"the model's chat template refuses these messages: {error}", param="messages") from None
 
-    async def encode(self, text: str, *, special: bool) -> list[int]:
-        """Token ids of `text` (see Tokenizer.encode)."""
-        if len(text) > _LONG_TEXT:
-            return await asyncio.to_thread(self.tokenizer.encode, text, special=special)
-        return self.tokenizer.encode(text, special=special)
+    async def encode(self, texts: Sequence[str], *, special: bool) -> list[list[int]]:
+        """Token ids of each text (see Tokenizer.encode)."""
+
+        def encode() -> list[list[int]]:
+            return [self.tokenizer.encode(text, special=special) for text in texts]
+
+        return await asyncio.to_thread(encode) if sum(map(len, texts)) > _LONG_TEXT else encode()
 
     def room_for(self, prompt_ids: list[int], max_tokens: int | None, default: int | None, param: str) -> int:
         """How many tokens to generate for a prompt.

@@ -3,14 +3,19 @@
 import importlib.util
 import json
 import multiprocessing
+import os
+import signal
 import sys
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+import threading
+import traceback
+from multiprocessing.connection import Connection
 from pathlib import Path
 
+from conversion.command import exit_on_sigterm
 from conversion.errors import InputError
 from conversion.families import family_of
 from conversion.fingerprint import source_fingerprint
+from conversion.model_config import read_config
 from conversion.onnx import GRAPH
 
 MANIFEST = "cast_onnx.json"
@@ -31,21 +36,17 @@ def find_onnx_dir(directory: Path, value_dtype: str | None) -> Path:
     if (directory / MANIFEST).is_file():
         return directory
     _require_known_model(directory)
-    converted = directory / (f"onnx-{value_dtype}" if value_dtype else "onnx")
+    # not "onnx", which is a directory of the model's own in many repositories of the hub
+    converted = directory / (f"cast-onnx-{value_dtype}" if value_dtype else "cast-onnx")
     if _made_from(converted) != (source_fingerprint(directory), GRAPH):
         _convert(directory, converted, value_dtype)
     return converted
 
 
 def _require_known_model(directory: Path) -> None:
-    config = directory / "config.json"
-    if not config.is_file():
+    if not (directory / "config.json").is_file():
         raise InputError(f"{directory} is no model directory: it holds neither {MANIFEST} nor config.json")
-    try:
-        model_type = json.loads(config.read_text(encoding="utf-8"))["model_type"]
-    except (ValueError, KeyError, TypeError):
-        raise InputError(f"{config} names no model type: copy the checkpoint again") from None
-    family_of(model_type)
+    family_of(read_config(directory)["model_type"])
 
 
 def _made_from(onnx_dir: Path) -> tuple[str, int] | None:
@@ -64,17 +65,46 @@ def _convert(directory: Path, target: Path, value_dtype: str | None) -> None:
             f"{directory} must be converted before it can be served: pip install 'cast-serve[convert]', "
             f"or run 'cast convert {directory} OUT --to onnx' where that is installed, and serve OUT"
         )
+    from conversion.atomic import check_target
+
+    check_target(target, overwrite=True, made=[MANIFEST])
     print(f"converting {directory} to {target} for ONNX Runtime (once)", file=sys.stderr, flush=True)
+    context = multiprocessing.get_context("spawn")
+    outcome, report = context.Pipe(duplex=False)
+    process = context.Process(target=_export, args=(report, directory, target, value_dtype))
+    process.start()
+    report.close()
     try:
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
-            process.submit(_export, directory, target, value_dtype).result()
-    except BrokenProcessPool:
+        error = outcome.recv()
+    except EOFError:
         raise InputError(f"the process converting {directory} died, probably for lack of memory") from None
-    except OSError as error:
+    finally:
+        process.terminate()
+        process.join()
+    if isinstance(error, OSError):
         raise InputError(f"cannot write {target}: {error.strerror or error}") from None
+    if error is not None:
+        raise error
 
 
-def _export(directory: Path, target: Path, value_dtype: str | None) -> None:
+def _export(report: Connection, directory: Path, target: Path, value_dtype: str | None) -> None:
+    """Export, and send the error that ended it, or None. Ends, without a trace, when the server does."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C comes to both, and the server passes it on as SIGTERM
+    exit_on_sigterm()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     from conversion.onnx import export
 
-    export(directory, target, value_dtype, overwrite=True, show_progress=sys.stderr.isatty())
+    try:
+        export(directory, target, value_dtype, overwrite=True, show_progress=sys.stderr.isatty())
+    except Exception as error:
+        error.add_note(traceback.format_exc())
+        report.send(error)
+    else:
+        report.send(None)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os.kill(os.getpid(), signal.SIGTERM)

@@ -5,6 +5,7 @@ the result and is not supported is refused by name; one that cannot change it is
 the default. Streamed chunks are not modelled here: `sse.py` writes them without validation.
 """
 
+import json
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -45,6 +46,17 @@ _IGNORED = frozenset(
         "user",
     }
 )
+
+
+def _require_text(body: dict[str, Any]) -> None:
+    """Refuse what JSON can hold and neither tokenizers nor answers can: half a surrogate pair, and endless nesting."""
+    try:
+        json.dumps(body, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = ascii(error.object[error.start])[1:-1]
+        raise APIError(f"the request holds {half}, half a surrogate pair, which is no text: send whole pairs") from None
+    except RecursionError:
+        raise APIError("the request's lists and objects are nested too deep") from None
 
 
 def _as_list(value: Any) -> Any:
@@ -92,7 +104,15 @@ class GenerationRequest(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _null_is_default(cls, data: Any) -> Any:
-        return {key: value for key, value in data.items() if value is not None} if isinstance(data, dict) else data
+        if not isinstance(data, dict):
+            return data
+        _require_text(data)
+        return {key: value for key, value in data.items() if value is not None}
+
+    @property
+    def sequences(self) -> int:
+        """How many choices are to be generated."""
+        return self.n
 
     @property
     def include_usage(self) -> bool:
@@ -115,6 +135,10 @@ class CompletionRequest(GenerationRequest):
     max_tokens: int | None = Field(None, ge=1)
     logprobs: int | None = Field(None, ge=0, le=5)
     echo: bool = False
+
+    @property
+    def sequences(self) -> int:
+        return len(self.prompt) * self.n
 
     def refuse_unsupported(self) -> None:
         super().refuse_unsupported()
@@ -162,6 +186,10 @@ class ChatRequest(GenerationRequest):
 
     def refuse_unsupported(self) -> None:
         super().refuse_unsupported()
+        if "messages" in self.chat_template_kwargs:
+            raise APIError(
+                "parameter 'chat_template_kwargs' cannot hold 'messages': leave it out", param="chat_template_kwargs"
+            )
         if self.top_logprobs is not None and not self.logprobs:
             raise APIError("parameter 'top_logprobs' needs 'logprobs': true", param="top_logprobs")
 

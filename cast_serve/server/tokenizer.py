@@ -38,7 +38,8 @@ class Tokenizer:
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Token ids of `text`; `special` adds what the model's post-processor adds, such as a beginning-of-sequence."""
-        return self._raw.encode(text, add_special_tokens=special).ids
+        (encoding,) = self._raw.encode_batch_fast([text], add_special_tokens=special)  # `encode` would hold the GIL
+        return encoding.ids
 
     def decode(self, token_ids: list[int]) -> str:
         """The text of `token_ids` without special tokens."""

@@ -58,6 +58,11 @@ class CompressedShards(Shards):
         self.clipped: dict[str, int] = {}
         self.infos = {}
         for name, info in self._raw.infos.items():
+            if name.endswith(".weight_g_idx"):
+                raise InputError(
+                    f"{directory} was quantized in the order of activations ('{name}'), and the packed format's groups "
+                    "are of neighbouring columns: quantize it again without"
+                )
             if not name.endswith(_BESIDE):
                 self.infos.update([self._dense(name, info)])
 

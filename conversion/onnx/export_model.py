@@ -17,6 +17,7 @@ from conversion.dense_model import dense_model
 from conversion.errors import InputError
 from conversion.families import LM_HEAD
 from conversion.fingerprint import source_fingerprint
+from conversion.model_config import read_json
 from conversion.onnx import GRAPH
 from conversion.onnx.dense_linear import use_dense_linear
 from conversion.onnx.dense_nbits import DenseQuantization, use_dense_nbits
@@ -93,7 +94,7 @@ def export(
         raise InputError(
             f"the embedding of {source.directory} is already {source.embedding.values.name}: leave --embedding out"
         )
-    with new_directory(Path(out_dir), overwrite, source.directory) as building:
+    with new_directory(Path(out_dir), overwrite, source.directory, [MANIFEST]) as building:
         model, calibrated = dense_model(source), None
         if dense is not None and dense.calibration:
             assert isinstance(source, Checkpoint)
@@ -196,7 +197,7 @@ def _weights(graph: ir.Model) -> list[ir.TensorProtocol]:
 
 def copy_companions(source: Path, directory: Path) -> None:
     """Copy config and tokenizer; make tokenizer.json and chat_template.jinja where the source has older forms."""
-    config = json.loads((source / "config.json").read_text())
+    config = read_json(source / "config.json")
     config.pop("quantization_config", None)
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     for file in COMPANION_FILES:
@@ -205,8 +206,8 @@ def copy_companions(source: Path, directory: Path) -> None:
     slow = [file for file in ("vocab.json", "vocab.txt", "tokenizer.model") if (source / file).is_file()]
     if slow and not (source / "tokenizer.json").is_file():
         load_tokenizer(source).backend_tokenizer.save(str(directory / "tokenizer.json"))
-    if (source / "tokenizer_config.json").is_file() and not (source / "chat_template.jinja").is_file():
-        template = json.loads((source / "tokenizer_config.json").read_text()).get("chat_template")
+    if not (source / "chat_template.jinja").is_file():
+        template = read_json(source / "tokenizer_config.json").get("chat_template")
         if isinstance(template, str):
             (directory / "chat_template.jinja").write_text(template)
 
@@ -245,8 +246,7 @@ def _manifest(
 
 def _token_ids(source: Checkpoint | PackedCheckpoint) -> Callable[[str], list[int]]:
     """Look special tokens up in generation_config.json, then in config.json; always as a list."""
-    path = source.directory / "generation_config.json"
-    generation = json.loads(path.read_text()) if path.is_file() else {}
+    generation = read_json(source.directory / "generation_config.json")
 
     def ids(name: str) -> list[int]:
         value = generation.get(name, source.config.get(name))

@@ -69,7 +69,7 @@ def export_tensorrt(
         )
     if isinstance(source, Checkpoint) and (violation := source.first_violation()) is not None:
         raise InputError(f"{violation}: TensorRT would run it dense")
-    with new_directory(Path(out_dir), overwrite, source.directory) as building:
+    with new_directory(Path(out_dir), overwrite, source.directory, [PROVIDERS]) as building:
         model = dense_model(source, DTYPES[value_dtype or "float16"])
         if any(not tensor.isfinite().all() for tensor in model.state_dict().values()):
             raise InputError(f"{source.directory} has weights beyond float16: export it with --value-dtype float32")

@@ -1,7 +1,7 @@
 """A stand-in for `cast serve` with known delays: `python -m tests.benchmarks.fake_server DIR --port N`.
 
-DIR/fake.json sets pattern, sparse_layers, first_s (time to the first token), gap_s (time between tokens), and `fault`:
-"exit" (dies at start), "status" (every second request answers 500), "short" (one token too few),
+DIR/fake.json sets id, pattern, sparse_layers, first_s (time to the first token), gap_s (time between tokens), and
+`fault`: "exit" (dies at start), "status" (every second request answers 500), "short" (one token too few),
 "cut" (the stream breaks off).
 """
 
@@ -16,7 +16,15 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 
-DEFAULTS = {"pattern": "dense", "sparse_layers": 0, "first_s": 0.05, "gap_s": 0.01, "fault": None, "weight_bytes": 1000}
+DEFAULTS = {
+    "pattern": "dense",
+    "sparse_layers": 0,
+    "first_s": 0.05,
+    "gap_s": 0.01,
+    "fault": None,
+    "weight_bytes": 1000,
+    "id": "fake",
+}
 
 
 def build_app(settings: dict[str, Any]) -> FastAPI:
@@ -35,11 +43,11 @@ def build_app(settings: dict[str, Any]) -> FastAPI:
     def models() -> dict[str, Any]:
         return {"data": [model()]}
 
-    @app.get("/v1/models/fake")
+    @app.get(f"/v1/models/{settings['id']}")
     def model() -> dict[str, Any]:
         proof = {name: settings[name] for name in ("pattern", "sparse_layers", "weight_bytes")}
         proof |= {"value_dtype": "float32", "sparse_weight_bytes": 0, "kernel": "portable", "context_length": 256}
-        return {"id": "fake", "cast24": proof}
+        return {"id": settings["id"], "cast24": proof}
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:

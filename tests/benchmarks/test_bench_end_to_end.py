@@ -74,6 +74,7 @@ def test_bench_refuses_a_dense_model_as_sparse(directories: tuple[Path, Path], t
             ("--dense", ".", "--sparse", ".", "--concurrency", "1,x"),
             "--concurrency '1,x' is no list of positive numbers",
         ),
+        (("--dense", ".", "--sparse", ".", "--training-curve", "none.png"), "none.png is no PNG file"),
     ],
 )
 def test_bad_input_gets_one_sentence(arguments: tuple[str, ...], sentence: str, tmp_path: Path) -> None:

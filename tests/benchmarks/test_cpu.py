@@ -11,8 +11,10 @@ import torch
 from benchmarks.cpu import __main__ as cpu
 from benchmarks.cpu import candidates, gguf_models, report
 from benchmarks.cpu.job import Speed, Turn
+from benchmarks.cpu.models import Sources, check_work
 from benchmarks.cpu.results import Measured, rates, rivals
 from benchmarks.cpu.runner import log_likelihood
+from benchmarks.report.statistics import Spread
 from conversion.errors import InputError
 from tests.cast_train.tiny import save_model, tokenizer, write_text
 from tests.conversion.models import CONFIGS, make_model
@@ -32,21 +34,24 @@ FOUND = [
 ]
 
 
-def test_ratios_are_medians_over_rounds_against_the_fastest() -> None:
+def test_ratios_are_of_rounds_against_the_fastest() -> None:
     by_name = rates([1])
     assert list(by_name) == ["1 at once", "prefill"]
     dense, llama = rivals(FOUND)
     assert dense.fastest(by_name["1 at once"]).name == "dense int8 B"
-    assert dense.ratio(FOUND[2], by_name["1 at once"]) == pytest.approx(1.5)  # of 1.5, 0.5 and 2
-    assert llama.ratio(FOUND[2], by_name["1 at once"]) == pytest.approx(4)
+    assert dense.ratio(FOUND[2], by_name["1 at once"]) == Spread(1.5, 0.5, 2)
+    assert llama.ratio(FOUND[2], by_name["1 at once"]) == Spread(4, 2, 6)
 
 
 def test_the_report_says_where_sparse_loses(tmp_path: Path) -> None:
     slow = measured("2:4 fp32", "2:4", "fp32", 8, 4, 4, 4)
-    text = report.markdown([*FOUND, slow], [1], ["Title", "How."], "a.png")
-    assert "| 2:4 int8 | 1.50, 1.50 | 4.00, 4.00 |" in text
+    mixed = measured("2:4 int4", "2:4", "int4", 8, 9, 9, 11)  # once faster than int8, which its median is not
+    text = report.markdown([*FOUND, slow, mixed], [1], ["Title", "How."], "a.png")
+    ours = "1.50 (0.50–2.00), 1.50 (0.50–2.00) | 4.00 (2.00–6.00), 4.00 (2.00–6.00)"
+    assert f"| 2:4 int8 | {ours} |" in text
     assert "- 2:4 int8: perplexity is higher than of all others" in text
-    assert "- 2:4 fp32: slower than dense int8 (1 at once 0.20, prefill 0.20) and llama.cpp Q8_0" in text
+    assert "- 2:4 fp32: slower than dense int8 (1 at once 0.20 (0.20–0.40), prefill 0.20 (0.20–0.40)) and llama" in text
+    assert "- 2:4 int4: nowhere here" in text
     report.plot(FOUND, [1], tmp_path / "a.png", "Title")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
@@ -108,6 +113,10 @@ def test_the_whole_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         dense, _, llama = record["candidates"]
         assert llama["perplexity"] == pytest.approx(dense["perplexity"], rel=0.1)
     write_text(tmp_path / "text.txt", seed=1)
+    check_work(Sources(tmp_path / "dense", tmp_path / "sparse", (tmp_path / "text.txt",), tmp_path / "other"))
+    write_text(tmp_path / "text.txt", seed=2)
+    with pytest.raises(InputError, match="made from other sources"):
+        check_work(Sources(tmp_path / "dense", tmp_path / "sparse", (tmp_path / "text.txt",), tmp_path / "other"))
     save_model(tmp_path / "dense")  # made anew: what was made of the old one must not pass for its
     with pytest.raises(InputError, match="made from other sources"):
         run()

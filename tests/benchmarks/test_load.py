@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.load.bench import drive, measure
 from benchmarks.load.measurements import Level, LoadPlan, Role, Settings
-from benchmarks.load.servers import Server
+from benchmarks.load.servers import Server, weight_files_bytes
 from conversion.errors import InputError
 
 FIRST_S, GAP_S = 0.1, 0.02
@@ -100,6 +100,20 @@ def test_both_servers_take_turns(tmp_path: Path) -> None:
     assert all(s.prompt_tokens == 5 for r in result.rounds for level in r.levels for s in level.samples)
     dense, sparse = (result.levels_of(role, 1)[0].tokens_per_s for role in ("dense", "sparse"))
     assert sparse > 1.2 * dense
+
+
+def test_a_models_name_may_need_quoting_in_an_address(tmp_path: Path) -> None:
+    with server(tmp_path, id="my model #1 (größer)") as running:
+        running.wait_ready()
+        assert running.describe().id == "my model #1 (größer)"
+
+
+def test_weight_files_of_either_kind_are_weighed(tmp_path: Path) -> None:
+    for name in ("model.onnx", "model.onnx.data", "tokenizer.json"):
+        (tmp_path / name).write_bytes(b"12345")
+    assert weight_files_bytes(tmp_path) == 10
+    (tmp_path / "model.safetensors").write_bytes(b"123")
+    assert weight_files_bytes(tmp_path) == 3
 
 
 def test_a_sparse_model_without_sparse_layers_is_refused(tmp_path: Path) -> None:

@@ -110,6 +110,31 @@ def test_written_measurements_read_back(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bench.json", "report.html"]
 
 
+def test_measurements_are_kept_whatever_becomes_of_the_page(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no PNG file"):
+        write_report(result(), tmp_path, training_curve=tmp_path / "none.png")
+    assert BenchResult.model_validate_json((tmp_path / "bench.json").read_bytes()) == result()
+
+
+def test_a_model_without_weight_files_has_no_ratio_of_sizes() -> None:
+    measured = result()
+    measured.models["dense"].disk_bytes = 0
+    assert '<div class="ratio worse">–</div>' in render(measured)
+
+
+def test_models_of_the_same_name_are_named_in_full(tmp_path: Path) -> None:
+    path = tmp_path / "quality.json"
+    one = {"tokens": 1, "context": 1}
+    names = ("models/cast", "demo/cast", "models/dense")
+    path.write_text(json.dumps({"models": {name: one | {"perplexity": len(name)} for name in names}}))
+    found = Quality.read(path)
+    assert {name: model.perplexity for name, model in found.models.items()} == {
+        "models/cast": 11,
+        "demo/cast": 9,
+        "dense": 12,
+    }
+
+
 def test_table_shows_quality_size_and_speed(tmp_path: Path) -> None:
     console = Console(width=120, record=True, file=(tmp_path / "table").open("w"))
     console.print(summary_table(result(), quality(tmp_path)))
@@ -120,8 +145,9 @@ def test_table_shows_quality_size_and_speed(tmp_path: Path) -> None:
 
 def test_other_files_are_refused(tmp_path: Path) -> None:
     other = tmp_path / "other"
-    other.write_text("{}")
-    with pytest.raises(InputError, match="no output of `cast eval"):
-        Quality.read(other)
+    for text in ("{}", '{"models": {}}'):
+        other.write_text(text)
+        with pytest.raises(InputError, match="no output of `cast eval"):
+            Quality.read(other)
     with pytest.raises(InputError, match="no PNG file"):
         render(result(), training_curve=other)

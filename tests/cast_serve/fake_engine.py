@@ -51,6 +51,7 @@ class FakeEngine:
         self.script = script
         self.delay = delay
         self.broken = False
+        self.failure: str | None = None
         self.closed = False
         self.generations: list[FakeGeneration] = []
         self.steps: list[int] = []

@@ -261,6 +261,20 @@ def test_a_failing_step_fails_its_requests_and_no_others(onnx_dir: Path, monkeyp
         engine.close()
 
 
+def test_an_engine_that_stopped_says_so_to_everyone(onnx_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(onnx_dir, max_batch_size=1)
+    steps = iter([engine._scheduler.schedule] * 3)
+    monkeypatch.setattr(engine._scheduler, "schedule", lambda: next(steps)())
+    generations = [engine.submit([7, 1], GREEDY) for _ in range(3)]
+    for generation in generations:
+        with pytest.raises(EngineError, match="the engine has stopped: StopIteration"):
+            list(generation)
+    assert engine.failure is not None
+    with pytest.raises(EngineError, match="the engine has stopped"):
+        engine.submit([7, 1], GREEDY)
+    engine.close()
+
+
 def test_closing_ends_every_stream(onnx_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Engine(onnx_dir, max_batch_size=1)
     run = engine._model.run
@@ -298,6 +312,7 @@ def test_damaged_directories_are_refused(onnx_dir: Path, tmp_path: Path) -> None
     manifest = json.loads((onnx_dir / "cast_onnx.json").read_text())
     for change, message in (
         ({"version": 1}, "has version 1"),
+        ({"eos_token_ids": None}, "'eos_token_ids' is no list"),
         ({"inputs": ["input_ids"]}, "name different inputs"),
         ({"sparse_layers": 99}, "speaks of 99 sparse layers"),
         ({"head_dim": 8}, "cannot be executed"),
@@ -306,6 +321,9 @@ def test_damaged_directories_are_refused(onnx_dir: Path, tmp_path: Path) -> None
             Engine(damaged("cast_onnx.json", json.dumps(manifest | change).encode()))
     with pytest.raises(InputError, match="damaged"):
         Engine(damaged("cast_onnx.json", b"{"))
+    del manifest["eos_token_ids"]
+    with pytest.raises(InputError, match=r"damaged.*eos_token_ids"):
+        Engine(damaged("cast_onnx.json", json.dumps(manifest).encode()))
     with pytest.raises(InputError, match="cannot be loaded"):
         Engine(damaged("model.onnx", b"\x00\x01nonsense"))
     weights = (onnx_dir / "model.onnx.data").read_bytes()

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from cast_serve.engine import EngineError
 from cast_serve.engine.types import SamplingParams
 from cast_serve.server.chat_template import ChatTemplate
 from cast_serve.server.model import ServedModel
@@ -417,6 +419,58 @@ def test_full_queue_is_429_and_frees_itself(served: Served) -> None:
 def test_more_sequences_than_the_server_ever_takes(served: Served) -> None:
     with pytest.raises(openai.BadRequestError, match="5 sequences, more than the 4"):
         served.client.completions.create(model="tiny", prompt="a", n=5)
+
+
+def test_prompts_without_room_are_not_tokenized(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(served.tokenizer, "encode", None)
+    with pytest.raises(openai.BadRequestError, match="10000 sequences, more than the 4"):
+        served.client.completions.create(model="tiny", prompt=["a"] * 5000, n=2)
+
+
+def test_many_short_prompts_are_tokenized_in_a_thread(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    encode, threads = served.tokenizer.encode, set()
+
+    def noted(text: str, *, special: bool = True) -> list[int]:
+        if len(text) == 4000:  # not the reply
+            threads.add(threading.current_thread().name)
+        return encode(text, special=special)[:4]
+
+    monkeypatch.setattr(served.tokenizer, "encode", noted)
+    served.client.completions.create(model="tiny", prompt=["a" * 4000] * 3, max_tokens=1)
+    assert len(threads) == 1
+    assert "asyncio" in threads.pop()
+
+
+def test_first_token_is_timed_from_the_requests_arrival(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    encode = served.tokenizer.encode
+    monkeypatch.setattr(
+        served.tokenizer, "encode", lambda text, **options: (time.sleep(0.2), encode(text, **options))[1]
+    )
+    served.client.completions.create(model="tiny", prompt="a", max_tokens=1)
+    metrics = served.metrics()
+    assert metrics["cast:time_to_first_token_seconds_sum"] >= 0.2
+    assert metrics["cast:e2e_request_latency_seconds_sum"] >= 0.2
+
+
+def test_an_unexpected_exception_is_a_500_and_counted_as_one(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(served.engine, "submit", None)
+    with pytest.raises(openai.InternalServerError, match="its log says why"):
+        served.client.completions.create(model="tiny", prompt="a")
+    name = "cast:http_requests_total[('route', '/v1/completions'), ('status', '{}')]"
+    metrics = served.metrics()
+    assert (metrics.get(name.format(500)), metrics.get(name.format(499))) == (1, None)
+
+
+def test_health_fails_with_the_engine(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    def submit(*arguments: object) -> None:
+        raise EngineError("the engine has stopped: no luck")
+
+    served.engine.failure = "the engine has stopped: no luck"
+    monkeypatch.setattr(served.engine, "submit", submit)
+    health = httpx.get(f"{served.url}/health")
+    assert (health.status_code, health.json()["error"]["code"]) == (503, "engine_error")
+    with pytest.raises(openai.InternalServerError, match="no luck"):
+        served.client.completions.create(model="tiny", prompt="a")
 
 
 def test_engine_failure_is_a_500_or_an_error_event(served: Served) -> None:

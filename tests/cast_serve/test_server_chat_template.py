@@ -100,6 +100,16 @@ def test_template_in_tokenizer_config_with_named_templates_and_token_objects(tmp
     assert template.render([]) == "<s>yes"
 
 
+@pytest.mark.parametrize(
+    "config",
+    ["{", "[]", '{"chat_template": 5}', '{"chat_template": [1]}', '{"chat_template": "x", "bos_token": 5}'],
+)
+def test_damaged_tokenizer_config_is_an_input_error(config: str, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer_config.json").write_text(config)
+    with pytest.raises(InputError, match=r"tokenizer_config\.json|not valid jinja"):
+        ChatTemplate.load(tmp_path)
+
+
 def test_no_template(tmp_path: Path) -> None:
     assert ChatTemplate.load(tmp_path) is None
 

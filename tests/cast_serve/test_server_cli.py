@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 
 from cast_serve.server import model_dir
@@ -20,6 +21,7 @@ from conversion.errors import InputError
 from conversion.fingerprint import source_fingerprint
 from conversion.onnx import GRAPH
 from conversion.pack import save_packed
+from tests.cast_serve.live_server import eventually
 from tests.cast_serve.test_server_engine import SPARSE_LINEARS
 from tests.cast_serve.tiny_llama import Tiny
 
@@ -72,14 +74,14 @@ def test_packed_directory_is_converted_once_served_and_stopped(packed: Path) -> 
         out, err = process.communicate(timeout=20)
         assert (process.returncode, out) == (0, "")
         assert [text for text in err.splitlines() if not text.startswith("converting ")] == []
-    made = (packed / "onnx" / "model.onnx").stat().st_mtime_ns
+    made = (packed / "cast-onnx" / "model.onnx").stat().st_mtime_ns
 
     with serving(str(packed), "--port", "0", "--served-model-name", "org/other") as (process, line):
         assert "serves org/other" in line
         assert httpx.get(f"{line.split()[1]}/models/org/other").json()["id"] == "org/other"
         process.send_signal(signal.SIGINT)
         assert process.wait(20) == 0
-    assert (packed / "onnx" / "model.onnx").stat().st_mtime_ns == made
+    assert (packed / "cast-onnx" / "model.onnx").stat().st_mtime_ns == made
 
 
 @pytest.mark.slow
@@ -129,7 +131,7 @@ def test_unknown_host(tmp_path: Path) -> None:
 
 def test_what_changed_is_converted_again(packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = tmp_path / "source"
-    shutil.copytree(packed, source, ignore=shutil.ignore_patterns("onnx"))
+    shutil.copytree(packed, source, ignore=shutil.ignore_patterns("cast-onnx"))
     conversions = []
 
     def convert(directory: Path, target: Path, value_dtype: str | None) -> None:
@@ -139,19 +141,49 @@ def test_what_changed_is_converted_again(packed: Path, tmp_path: Path, monkeypat
         (target / "cast_onnx.json").write_text(json.dumps(made_from))
 
     monkeypatch.setattr(model_dir, "_convert", convert)
-    assert model_dir.find_onnx_dir(source, None) == source / "onnx"
-    assert model_dir.find_onnx_dir(source, None) == source / "onnx"
-    assert model_dir.find_onnx_dir(source, "bfloat16") == source / "onnx-bfloat16"
-    assert conversions == [(source / "onnx", None), (source / "onnx-bfloat16", "bfloat16")]
+    assert model_dir.find_onnx_dir(source, None) == source / "cast-onnx"
+    assert model_dir.find_onnx_dir(source, None) == source / "cast-onnx"
+    assert model_dir.find_onnx_dir(source, "bfloat16") == source / "cast-onnx-bfloat16"
+    assert conversions == [(source / "cast-onnx", None), (source / "cast-onnx-bfloat16", "bfloat16")]
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 128}))
     model_dir.find_onnx_dir(source, None)
     assert len(conversions) == 3
-    made_from = json.loads((source / "onnx" / "cast_onnx.json").read_text())
-    (source / "onnx" / "cast_onnx.json").write_text(json.dumps(made_from | {"graph": GRAPH - 1}))
+    made_from = json.loads((source / "cast-onnx" / "cast_onnx.json").read_text())
+    (source / "cast-onnx" / "cast_onnx.json").write_text(json.dumps(made_from | {"graph": GRAPH - 1}))
     model_dir.find_onnx_dir(source, None)
     assert len(conversions) == 4
-    assert model_dir.find_onnx_dir(source / "onnx", None) == source / "onnx"
+    assert model_dir.find_onnx_dir(source / "cast-onnx", None) == source / "cast-onnx"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_server_that_is_stopped_while_converting_leaves_nothing(
+    packed: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(packed, source, ignore=shutil.ignore_patterns("cast-onnx"))
+    with subprocess.Popen([*SERVE, str(source), "--port", "0"], stderr=subprocess.PIPE, text=True) as process:
+        assert eventually(lambda: any(source.glob(".cast-onnx.*")), 60)
+        converting = psutil.Process(process.pid).children()
+        process.send_signal(number)
+        assert process.stderr is not None
+        assert "Traceback" not in process.stderr.read()  # until the last of both processes has ended
+    assert process.returncode == (143 if number == signal.SIGTERM else -number)
+    assert psutil.wait_procs(converting, 10)[1] == []
+    assert not any(source.glob("*cast-onnx*"))
+
+
+def test_a_directory_that_is_not_ours_is_kept(packed: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(packed, source, ignore=shutil.ignore_patterns("cast-onnx"))
+    for name in ("onnx", "cast-onnx"):
+        (source / name).mkdir()
+        (source / name / "model_q4.onnx").write_text("precious")
+    with pytest.raises(InputError, match="cast-onnx holds other files"):
+        model_dir.find_onnx_dir(source, None)
+    for name in ("onnx", "cast-onnx"):
+        assert (source / name / "model_q4.onnx").read_text() == "precious"
 
 
 def test_conversion_without_torch_names_the_command(
@@ -170,7 +202,18 @@ def test_serving_imports_no_torch_and_no_transformers() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
 
 
-def test_damaged_onnx_directory(tmp_path: Path) -> None:
-    for name in ("cast_onnx.json", "model.onnx", "tokenizer.json"):
-        (tmp_path / name).write_text("{}")
-    refusal(str(tmp_path), "--port", "0")
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("cast_onnx.json", '{"version": 3', "cast_onnx.json is damaged"),
+        ("cast_onnx.json", '{"version": 3}', "cast_onnx.json is damaged"),
+        ("model.onnx", "{}", "cannot be loaded"),
+        ("tokenizer.json", "{}", "cannot read the tokenizer"),
+        ("tokenizer_config.json", "{", "tokenizer_config.json is not valid JSON"),
+    ],
+)
+def test_damaged_onnx_directory(tiny: Tiny, tmp_path: Path, name: str, content: str, message: str) -> None:
+    damaged = tmp_path / "onnx"
+    shutil.copytree(tiny.onnx, damaged)
+    (damaged / name).write_text(content)
+    assert message in refusal(str(damaged), "--port", "0")

@@ -6,6 +6,7 @@ from typing import Any
 import httpx
 import pytest
 
+from cast_serve.server.body_limit import MAX_BODY
 from cast_serve.server.model import ServedModel
 from cast_serve.server.tokenizer import Tokenizer
 from tests.cast_serve.live_server import live_server
@@ -115,6 +116,48 @@ def test_bad_chat(served: Served, changes: dict[str, Any], param: str, message: 
     error = error_of(httpx.post(served.url + CHAT, json=body), 400)
     assert error["param"] == param
     assert message in error["message"]
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        '"model": "t\\ud800"',
+        '"messages": [{"role": "user", "content": "a\\ud800b"}]',
+        '"messages": [{"role": "user", "content": [{"type": "text", "text": "\\udfff"}]}]',
+        '"messages": [{"role": "user", "content": "x", "name": "\\ud800"}]',
+        '"chat_template_kwargs": {"x": ["\\ud800"]}',
+        '"\\ud800": 1',
+    ],
+)
+def test_half_a_surrogate_pair(served: Served, field: str) -> None:
+    body = '{"model": "tiny", "messages": [{"role": "user", "content": "Hi"}], ' + field + "}"
+    answer = httpx.post(served.url + CHAT, content=body, headers={"content-type": "application/json"})
+    message = error_of(answer, 400)["message"]
+    assert "half a surrogate pair" in message
+    assert "\\ud800" in message or "\\udfff" in message
+
+
+def test_template_variables_may_have_any_name_but_that_of_the_messages(served: Served) -> None:
+    body = {"model": "tiny", "messages": [USER], "max_tokens": 1}
+    names = ("self", "variables", "source")
+    for name in names:
+        answer = httpx.post(served.url + CHAT, json=body | {"chat_template_kwargs": {name: 1}})
+        assert answer.status_code == 200, answer.text
+    answer = httpx.post(served.url + CHAT, json=body | {"chat_template_kwargs": {"messages": []}})
+    assert error_of(answer, 400)["param"] == "chat_template_kwargs"
+
+
+@pytest.mark.parametrize("depth", [1_000, 100_000])
+def test_deep_nesting(served: Served, depth: int) -> None:
+    nested = "[" * depth + "]" * depth
+    body = f'{{"model": "tiny", "messages": [{{"role": "user", "content": "x", "name": {nested}}}]}}'
+    answer = httpx.post(served.url + CHAT, content=body, headers={"content-type": "application/json"})
+    error_of(answer, 400)
+
+
+def test_a_body_too_large(served: Served) -> None:
+    error = error_of(httpx.post(served.url + COMPLETIONS, json={"model": "tiny", "prompt": "a" * MAX_BODY}), 413)
+    assert str(MAX_BODY) in error["message"]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 import functools
 import tempfile
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -89,3 +91,13 @@ def test_missing_file_and_unknown_decoder_are_one_sentence(tmp_path: Path) -> No
     wordpiece.save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(InputError, match="WordPiece"):
         Tokenizer(tmp_path / "tokenizer.json")
+
+
+def test_long_text_holds_up_no_other_thread() -> None:
+    thread = threading.Thread(target=loaded("byte_level")[1].encode, args=("the lazy dog " * 50_000,))
+    thread.start()
+    looks = 0
+    while thread.is_alive():
+        time.sleep(0.001)
+        looks += 1
+    assert looks > 5

@@ -14,7 +14,7 @@ from conversion import load_packed, pack24, save_packed, unpack24, verify
 from conversion.dense_model import dense_model
 from conversion.errors import InputError
 from conversion.packed_checkpoint import open_checkpoint
-from conversion.shards import Shards
+from conversion.shards import INDEX, Shards
 from tests.conversion.models import CONFIGS, make_model
 
 LAYER = "model.layers.1.mlp.up_proj"
@@ -235,6 +235,45 @@ def test_pickles_are_never_opened(copy, tmp_path):
     assert_refused(copy, "pickles", tmp_path)
 
 
+@pytest.mark.parametrize("shard", ["{source}/model.safetensors", "../model.safetensors", "sub/a.safetensors", ".", 5])
+def test_an_index_that_leads_out_of_the_directory_is_refused(copy, shard, tmp_path):
+    shard = shard.format(source=copy) if isinstance(shard, str) else shard
+    before = {path.name: path.read_bytes() for path in copy.iterdir()}
+    tensors = [name for path in copy.glob("*.safetensors") for name in load_file(path)]
+    (copy / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(tensors, shard)}))
+    assert_refused(copy, "no safetensors file of that directory", tmp_path)
+    assert {path.name: path.read_bytes() for path in copy.iterdir() if path.name in before and path.name != INDEX} == {
+        name: data for name, data in before.items() if name != INDEX
+    }
+
+
+@pytest.mark.parametrize("index", [[], {}, {"weight_map": {}, "metadata": []}, {"weight_map": []}])
+def test_what_is_no_index_is_refused(copy, index, tmp_path):
+    (copy / INDEX).write_text(json.dumps(index))
+    assert_refused(copy, "is not a shard index", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"model_type": ["llama"]}, "names no model_type"),
+        ({"quantization_config": "gptq"}, "its quantization_config is no object"),
+        ({"compression_config": 1}, "its compression_config is no object"),
+    ],
+)
+def test_a_damaged_config_is_refused(copy, changes, match, tmp_path):
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | changes))
+    assert_refused(copy, match, tmp_path)
+
+
+def test_a_config_may_say_that_nothing_is_quantized(copy, source, tmp_path):
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"quantization_config": None}))
+    save_packed(copy, tmp_path / "out")
+    verify(tmp_path / "out", source)
+
+
 def test_a_packed_source_is_refused(packed, tmp_path):
     assert_refused(packed, "already quantized or packed", tmp_path)
 
@@ -244,11 +283,17 @@ def test_an_existing_output_is_kept_unless_told_otherwise(source, tmp_path):
     (tmp_path / "out" / "mine").write_text("precious")
     with pytest.raises(InputError, match="already exists"):
         save_packed(source, tmp_path / "out")
+    with pytest.raises(InputError, match="holds other files"):
+        save_packed(source, tmp_path / "out", overwrite=True)
     assert (tmp_path / "out" / "mine").read_text() == "precious"
-    save_packed(source, tmp_path / "out", overwrite=True)
-    assert not (tmp_path / "out" / "mine").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    verify(tmp_path / "out", source)
+
+
+def test_an_earlier_output_is_replaced_when_told(source, packed_copy):
+    (packed_copy / "config.json").write_text("of before")
+    save_packed(source, packed_copy, overwrite=True)
+    verify(packed_copy, source)
+    assert not list(packed_copy.parent.glob(".*"))
 
 
 def test_the_source_is_never_overwritten(copy, tmp_path):
@@ -261,10 +306,10 @@ def test_the_source_is_never_overwritten(copy, tmp_path):
 def test_a_failed_overwrite_keeps_the_old_output(copy, tmp_path):
     edit(copy, f"{LAYER}.weight", torch.ones_like)
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "mine").write_text("precious")
-    with pytest.raises(InputError):
+    (tmp_path / "out" / INDEX).write_text("precious")
+    with pytest.raises(InputError, match="is not 2:4"):
         save_packed(copy, tmp_path / "out", overwrite=True)
-    assert (tmp_path / "out" / "mine").read_text() == "precious"
+    assert (tmp_path / "out" / INDEX).read_text() == "precious"
 
 
 # --- damaged packed checkpoints ---------------------------------------------------------------------------------------

@@ -167,6 +167,12 @@ def test_what_is_not_read_is_named(description: dict[str, Any], message: str, tm
         Checkpoint(directory)
 
 
+def test_groups_in_the_order_of_activations_are_refused(tmp_path: Path) -> None:
+    stored = layer("int8") | {"weight_g_idx": torch.arange(64) % 2}
+    with pytest.raises(InputError, match=r"order of activations \('model\.layers\.0\..*weight_g_idx'\)"):
+        Checkpoint(checkpoint(tmp_path / "old", stored, DESCRIPTIONS["int8"]))
+
+
 def test_a_tampered_bitmask_is_named(tmp_path: Path) -> None:
     written = layer("bitmask")
     written["bitmask"] = written["bitmask"].clone()

@@ -315,8 +315,29 @@ def test_the_fingerprint_follows_the_source(sparse_llama, tmp_path):
     source = shutil.copytree(sparse_llama, tmp_path / "model")
     before = source_fingerprint(source)
     assert source_fingerprint(source) == before
+    (source / "chat_template.jinja").write_text("{{ x }}")
+    with_template = source_fingerprint(source)
+    assert with_template != before
     (source / "model.safetensors").touch()
-    assert source_fingerprint(source) != before
+    assert source_fingerprint(source) != with_template
+
+
+@pytest.mark.parametrize("length", [2**63, 2**40])
+def test_a_damaged_shard_is_left_to_the_export_to_refuse(sparse_llama, length, tmp_path):
+    source = shutil.copytree(sparse_llama, tmp_path / "model")
+    (source / "model.safetensors").write_bytes(length.to_bytes(8, "little") + b"{")
+    source_fingerprint(source)
+    with pytest.raises(InputError, match="truncated or damaged"):
+        export(source, tmp_path / "onnx")
+
+
+@pytest.mark.parametrize("name", ["generation_config.json", "tokenizer_config.json"])
+def test_a_damaged_companion_is_refused(sparse_llama, name, tmp_path):
+    source = shutil.copytree(sparse_llama, tmp_path / "model")
+    (source / name).write_text("{")
+    with pytest.raises(InputError, match=f"{name} is not valid JSON"):
+        export(source, tmp_path / "onnx")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_companions_are_brought_into_the_engines_form(sparse_llama, tmp_path):
