@@ -91,7 +91,8 @@ def main(
     about = [
         f"{name} on a CPU: 2:4 beside dense and llama.cpp",
         f"{machine.cpu}, threads: {threads}, {now:%Y-%m-%d}. {'. '.join(runtimes)}.",
-        f"Medians of {rounds} rounds (lowest to highest) in which every candidate has a turn, in a process of its own. "
+        f"Medians of {rounds} rounds (lowest to highest) in which every candidate has a turn, in a process of its own, "
+        f"each timing repeated for {measure.REPEATED_S:g} s. "
         f"Prompts of {prompt_tokens} tokens, {output_tokens} tokens generated greedily for each, end to end without a "
         f"server; decoding only counts what comes after the last prompt is read. Prefill reads {prefill_tokens} "
         "tokens. Peak memory is the whole process's, files mapped into it included. "

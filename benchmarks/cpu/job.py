@@ -21,6 +21,7 @@ class Job:
         concurrency: how many prompts are given at once, in this order.
         windows: token ids to score, all of one length; empty does not score.
         dtype: of activations and dense weights, for vLLM.
+        repeated_s: seconds over which each timing is repeated if it takes less; the median counts.
     """
 
     runtime: Runtime
@@ -32,6 +33,7 @@ class Job:
     concurrency: list[int] = field(default_factory=list)
     windows: list[list[int]] = field(default_factory=list)
     dtype: str = ""
+    repeated_s: float = 0.0
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from benchmarks.cpu import __main__ as cpu
-from benchmarks.cpu import candidates, gguf_models, report
-from benchmarks.cpu.job import Speed, Turn
+from benchmarks.cpu import candidates, gguf_models, measure, report, worker
+from benchmarks.cpu.job import Job, Speed, Turn
 from benchmarks.cpu.models import Sources, check_work
 from benchmarks.cpu.results import Measured, rates, rivals
 from benchmarks.cpu.runner import log_likelihood
@@ -73,8 +73,20 @@ def test_without_llama_cpp_the_rest_is_compared(monkeypatch: pytest.MonkeyPatch)
         candidates.chosen(["3:5"])
 
 
+def test_short_generations_are_repeated_and_the_median_counts() -> None:
+    seconds = iter([0.2, 0.9, 0.3, 0.4])
+
+    class Fake:
+        def generate(self, prompts: list[list[int]], tokens: int) -> Speed:
+            return Speed(next(seconds), tokens, 0.1, tokens - 1)
+
+    assert worker.generate(Fake(), [[1]], 4, Job("engine", "", 1, repeated_s=1.4)).seconds == 0.3  # type: ignore[arg-type]
+    assert worker.generate(Fake(), [[1]], 4, Job("engine", "", 1)).seconds == 0.4  # type: ignore[arg-type]
+
+
 def test_the_whole_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(measure, "REPEATED_S", 0.01)
     save_model(tmp_path / "dense")
     make_model(CONFIGS["llama"], sparse=True).save_pretrained(tmp_path / "sparse")
     tokenizer().save_pretrained(tmp_path / "sparse")
