@@ -53,6 +53,8 @@ class CastTrainer(Trainer):
         self, model: PreTrainedModel, config: TrainConfig, teacher: PreTrainedModel | None = None, **kwargs: Any
     ) -> None:
         args: TrainingArguments | None = kwargs.get("args")
+        if args is not None and args.n_gpu > 1:
+            args._n_gpu = 1  # Trainer's DataParallel would multiply the batch, and knows nothing of the loss here
         self.skeleton: PreTrainedModel | None = None
         if args is not None and args.fsdp:
             self.skeleton = skeleton(model)
@@ -293,7 +295,7 @@ def uses_bf16(config: TrainConfig, device: torch.device) -> bool:
 def training_arguments(config: TrainConfig, directory: Path) -> TrainingArguments:
     """Translate the config for transformers.Trainer; checkpoints go to `directory`.
 
-    Runs on the accelerator if there is one; under torchrun or `accelerate launch`, on all of them.
+    Runs on the accelerator, or one of them, if there is any; under torchrun or `accelerate launch`, on all.
 
     Raises:
         InputError: a step's blocks cannot be shared evenly by the devices, or sharding was asked for without processes.

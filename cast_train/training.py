@@ -110,6 +110,9 @@ def train(
         examples = cached_blocks(teacher_cache, blocks, dense, config, args, identity)
     student = dense_model(dense, torch.float32)
     teacher = dense_model(dense, torch.float32) if config.eta > 0 and teacher_cache is None else None
+    gpus = torch.accelerator.device_count()
+    if args.world_size == 1 and gpus > 1:
+        console.print(f"training on one of {gpus} GPUs: start with torchrun --nproc-per-node {gpus} to use them all")
     console.print(
         f"{config.total_steps} steps of {config.blocks_per_step} x {config.block_length} tokens from a text of "
         f"{len(tokens.tokens)} tokens"

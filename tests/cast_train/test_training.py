@@ -224,7 +224,8 @@ def test_killed_twice_and_resumed_is_bit_identical(gpt2: Setting, uninterrupted:
 def test_sigterm_stops_with_a_checkpoint_of_that_step(gpt2: Setting, uninterrupted: Path) -> None:
     def terminate(self: CastTrainer, *args: Any, **kwargs: Any) -> Any:
         if self.state.global_step == 9 and not sent:
-            sent.append(signal.SIGTERM)  # once, in the first of the step's micro-batches
+            sent.append(signal.SIGTERM)  # in the first of the step's micro-batches, from the system and from torchrun
+            os.kill(os.getpid(), signal.SIGTERM)
             os.kill(os.getpid(), signal.SIGTERM)
         return training_step(self, *args, **kwargs)
 
@@ -465,6 +466,30 @@ def test_processes_that_cannot_share_a_step_are_refused(tmp_path: Path, monkeypa
     monkeypatch.setattr(TrainingArguments, "world_size", 3)
     with pytest.raises(InputError, match="4 blocks a step cannot be shared by 3 devices"):
         training_arguments(config(), tmp_path)
+
+
+def test_of_several_gpus_without_torchrun_one_is_used(
+    llama: Setting, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Trainer alone would spread the model over all, with a batch as many times as large."""
+
+    def with_gpus(*arguments: Any) -> TrainingArguments:
+        args = training_arguments(*arguments)
+        args._n_gpu = 4
+        return args
+
+    def recorded(self: CastTrainer, model: Any, inputs: Any) -> Any:
+        seen.append(tuple(inputs["input_ids"].shape))
+        return distillation(self, model, inputs)
+
+    seen: list[tuple[int, ...]] = []
+    distillation = CastTrainer.distillation
+    monkeypatch.setattr(CastTrainer, "distillation", recorded)
+    monkeypatch.setattr(training, "training_arguments", with_gpus)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 4)
+    llama.train("out", config(steps=1), force=True)
+    assert set(seen) == {(2, 16), (1, 16)}  # the latter in the report
+    assert "training on one of 4 GPUs: start with torchrun --nproc-per-node 4" in capsys.readouterr().out
 
 
 def test_refuses_an_existing_directory_unless_told_to_replace_it(llama: Setting) -> None:
