@@ -4,6 +4,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +23,8 @@ from cast_train import dataset, training
 from cast_train.config import AstConfig, CastConfig, TrainConfig
 from cast_train.dataset import TokenBlocks, load_tokens
 from cast_train.evaluation.evaluate import evaluate
-from cast_train.health import read_metrics
+from cast_train.health import Health, read_metrics
+from cast_train.run import Run
 from cast_train.trainer import CastTrainer, last_checkpoint, training_arguments
 from cast_train.training import train
 from conversion.errors import InputError, Interrupted
@@ -96,6 +98,10 @@ def test_accumulated_micro_batches_are_one_batch(llama: Setting) -> None:
     whole = llama.train("whole", config(micro_batch_tokens=64, steps=5, save_steps=100))
     split = llama.train("split", config(micro_batch_tokens=16, steps=5, save_steps=100))
     assert split["after_cut"]["loss"] == pytest.approx(whole["after_cut"]["loss"], rel=1e-4)
+    norms = [
+        [line["grad_norm"] for line in read_metrics(llama.root / out / "metrics.jsonl")] for out in ("whole", "split")
+    ]
+    assert norms[1] == pytest.approx(norms[0], rel=1e-3)  # Adam's steps would hide a factor
 
 
 def test_gradient_checkpointing_changes_no_weight(llama: Setting) -> None:
@@ -104,6 +110,35 @@ def test_gradient_checkpointing_changes_no_weight(llama: Setting) -> None:
     kept, again = (load_file(llama.root / out / "model.safetensors") for out in ("kept", "again"))
     for name, tensor in kept.items():
         torch.testing.assert_close(again[name], tensor, rtol=0, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])  # OPT's blocks have dropout of their own
+def test_gradient_checkpointing_keeps_less_also_while_the_momentum_is_measured(
+    tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def kept(out: str, checkpointing: bool) -> tuple[int, int, float]:
+        """Bytes that the forward passes keep before and in training, and the momentum."""
+        sizes = {False: 0, True: 0}
+
+        def counted(self: CastTrainer, *args: Any) -> Any:
+            def keep(tensor: torch.Tensor) -> torch.Tensor:
+                sizes[bool(self.state.max_steps)] += tensor.nbytes
+                return tensor
+
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                return distillation(self, *args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(CastTrainer, "distillation", counted)
+            settings = config(steps=1, eta=0.0, shrink=0.0, gradient_checkpointing=checkpointing)
+            momentum = setting.train(out, settings, force=True)["momentum"]
+        return sizes[False], sizes[True], momentum
+
+    setting, distillation = Setting(tmp_path, family), CastTrainer.distillation
+    plain, saving = kept("plain", False), kept("saving", True)
+    assert 0 < saving[0] < plain[0] / 2
+    assert 0 < saving[1] < plain[1] / 2
+    assert saving[2] == pytest.approx(plain[2], rel=1e-5)
 
 
 @pytest.mark.parametrize("method", ["cast", "ast"])
@@ -323,6 +358,36 @@ def test_a_run_killed_before_its_first_checkpoint_begins_again(llama: Setting, m
     assert resumed["after_cut"] == whole["after_cut"]
 
 
+def test_checkpoints_of_no_known_run_are_not_continued(llama: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when a run was killed in the middle of removing its directory, of which run.json was the first to go."""
+    interrupt(llama, "out", config(), 8, monkeypatch)
+    (llama.root / "out.run" / "run.json").unlink()
+    other = llama.train("out", config(seed=4))
+    assert other["after_cut"] == llama.train("new", config(seed=4))["after_cut"]
+
+
+def test_a_run_is_gone_by_its_name_before_its_files_are(llama: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(path: Path, **options: Any) -> None:
+        if ".out.run." in str(path):
+            raise Stop
+        rmtree(path, **options)
+
+    rmtree = shutil.rmtree
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", killed)
+        with pytest.raises(Stop):
+            llama.train("out", config(steps=2, shrink=0.0))
+    assert not (llama.root / "out.run").exists()
+    assert_exactly_2of4(llama.root / "out")
+    llama.train("out", config(steps=2, shrink=0.0), overwrite=True)
+
+
+def test_metrics_that_another_machine_keeps_are_said(llama: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "read_metrics", lambda path: [])
+    with pytest.raises(InputError, match="all machines of a run must see the same OUT"):
+        llama.train("out", config(steps=2, shrink=0.0))
+
+
 def test_a_hopeless_schedule_is_refused_before_anything_is_written(llama: Setting) -> None:
     with pytest.raises(InputError, match=r"use learning rate \S+ or \d+ steps"):
         llama.train("out", config(warm_start="none", lr=1e-5, steps=3))
@@ -413,6 +478,33 @@ def test_a_full_disk_keeps_the_checkpoint_before(llama: Setting, monkeypatch: py
     assert [path.name for path in (llama.root / "out.run").glob("checkpoint-*")] == ["checkpoint-7"]
     llama.train("out", config(), resume=True)
     assert_exactly_2of4(llama.root / "out")
+
+
+@pytest.mark.parametrize(
+    ("owner", "function", "file"),
+    [(Run, "begin", "run.json"), (Health, "on_train_begin", "metrics.jsonl"), (Health, "on_log", "metrics.jsonl")],
+)
+def test_a_disk_full_of_the_runs_own_files_is_said(
+    llama: Setting, monkeypatch: pytest.MonkeyPatch, owner: type, function: str, file: str
+) -> None:
+    if function == "on_train_begin":  # writes the lines again that a resumed run keeps
+        interrupt(llama, "out", config(), 8, monkeypatch)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    original = getattr(owner, function)
+
+    def full(*args: Any, **options: Any) -> Any:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1, before[1]))
+        try:
+            return original(*args, **options)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, function, full)
+        with pytest.raises(InputError, match=rf"out.run/{file} could not be written \(.+\): make room on the disk"):
+            llama.train("out", config(), resume=True)
+    assert function != "begin" or not (llama.root / "out.run").exists()
+    llama.train("out", config(), resume=True)
 
 
 @pytest.mark.parametrize("name", ["tokens", "model"])
