@@ -122,7 +122,7 @@ def train(
         Path | None,
         typer.Option(
             help="Directory of the dense model's most likely tokens; filled if need be, it saves later runs with the "
-            "same text and seed the dense model.",
+            "same text and seed, and no more steps, the dense model.",
             rich_help_panel=_RUNNING,
         ),
     ] = None,

@@ -71,7 +71,7 @@ def train(
         overwrite: replace `out` if it exists, when the new one is complete.
         cache_dir: where tokenized text is cached.
         teacher_cache: directory of the teacher's `config.teacher_top_k` most likely tokens, filled by a first run;
-            later ones with the same text, seed, teacher and precision need no teacher.
+            later ones with the same text, seed, teacher and precision, and no more steps, need no teacher.
         kept_starts: directory of warm-started weights, which runs that start alike share.
 
     Raises:
