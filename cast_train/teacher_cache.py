@@ -99,7 +99,7 @@ class TeacherCache:
             for file in () if found else directory.iterdir():
                 file.unlink()
             raise
-        return cls(*(array[:rows] for array in arrays))
+        return cls(*(array[:rows] for array in arrays))  # type: ignore[arg-type]  # part of a map is one
 
     def row(self, number: int) -> dict[str, Tensor]:
         """Return a row as the loss takes it: ids [L-1, k] int64, log-probs [L-1, k] and tail [L-1] float32."""

@@ -287,13 +287,13 @@ def _recomputing(model: nn.Module) -> Iterator[None]:
         for block in blocks:
             block.training = True
         for block, _ in dropouts:
-            block.dropout = 0.0
+            block.__dict__["dropout"] = 0.0
         yield
     finally:
         for block in blocks:
             block.training = False
         for block, dropout in dropouts:
-            block.dropout = dropout
+            block.__dict__["dropout"] = dropout
 
 
 @torch.no_grad()
