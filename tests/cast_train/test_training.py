@@ -25,11 +25,13 @@ from cast_train.dataset import TokenBlocks, load_tokens
 from cast_train.evaluation.evaluate import evaluate
 from cast_train.health import Health, read_metrics
 from cast_train.run import Run
+from cast_train.sparse_model import sparsify
 from cast_train.trainer import CastTrainer, last_checkpoint, training_arguments
 from cast_train.training import train
 from conversion.errors import InputError, Interrupted
 from conversion.families import family_of, in_scope
 from tests.cast_train.tiny import BUDGET, config, save_model, write_text
+from tests.conversion.models import CONFIGS, make_model
 
 
 class Setting:
@@ -102,6 +104,47 @@ def test_accumulated_micro_batches_are_one_batch(llama: Setting) -> None:
         [line["grad_norm"] for line in read_metrics(llama.root / out / "metrics.jsonl")] for out in ("whole", "split")
     ]
     assert norms[1] == pytest.approx(norms[0], rel=1e-3)  # Adam's steps would hide a factor
+
+
+def trainer_of(examples: list[dict[str, torch.Tensor]], directory: Path, **changes: Any) -> CastTrainer:
+    """For somebody's own loop over `examples`, with a teacher that is another model."""
+    settings = config(warm_start="none", shrink=0.0, save_steps=100, **changes)
+    student, teacher = (make_model(CONFIGS["llama"], sparse=sparse) for sparse in (False, True))
+    args = training_arguments(settings, directory)
+    return CastTrainer(sparsify(student, settings), settings, teacher, args=args, train_dataset=examples)
+
+
+def test_tokens_with_a_label_count_alike_however_they_are_spread(tmp_path: Path) -> None:
+    examples = []
+    for row in range(8):
+        ids = torch.randint(3, 97, (16,), generator=torch.Generator().manual_seed(row))
+        labels = ids.clone()
+        labels[: [0, 4, 14, 16, 1, 15, 3, 8][row]] = -100  # of the fourth none is left
+        examples.append({"input_ids": ids, "labels": labels})
+    found = []
+    for micro_batch_tokens in (64, 32, 16):
+        trainer = trainer_of(examples, tmp_path / "run", steps=2, micro_batch_tokens=micro_batch_tokens)
+        trainer.train()
+        found.append([line[name] for line in trainer.state.log_history[:2] for name in ("loss", "ce", "kl", "grad_norm")])
+    assert found[1] == pytest.approx(found[0], rel=1e-4)
+    assert found[2] == pytest.approx(found[0], rel=1e-4)
+
+
+def test_padding_is_seen_by_neither_model(tmp_path: Path) -> None:
+    trainer = trainer_of([], tmp_path / "run")
+    ids = torch.randint(3, 97, (2, 12), generator=torch.Generator().manual_seed(0))
+    plain = trainer.distillation(trainer.model, {"input_ids": ids})
+    pad = torch.full((2, 4), 1)
+    padded = {
+        "input_ids": torch.cat([pad, ids], dim=1),
+        "attention_mask": torch.cat([pad * 0, torch.ones_like(ids)], dim=1),
+        "position_ids": torch.cat([pad, torch.arange(12).expand(2, 12)], dim=1),
+    }
+    with pytest.raises(InputError, match="need labels, -100 where"):
+        trainer.distillation(trainer.model, padded)
+    labels = torch.cat([pad * 0 - 100, ids[:, :1] * 0 - 100, ids[:, 1:]], dim=1)
+    losses = trainer.distillation(trainer.model, padded | {"labels": labels})
+    assert (losses.ce.item(), losses.kl.item()) == pytest.approx((plain.ce.item(), plain.kl.item()), rel=1e-4)
 
 
 def test_gradient_checkpointing_changes_no_weight(llama: Setting) -> None:
