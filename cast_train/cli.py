@@ -1,7 +1,7 @@
 """`cast permute`, `cast train`, `cast eval` and `cast scaling-law`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -155,6 +155,16 @@ def train(
             max=1,
         ),
     ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="NAME=VALUE",
+            help="A setting that has no option here, for example micro_batch_tokens=16384, train_embeddings=true, "
+            "dense_lr=5 or betas=[0.9,0.95]; docs/training.md has them all. May be repeated.",
+            rich_help_panel=_RUNNING,
+        ),
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue an interrupted run.", rich_help_panel=_RUNNING)
     ] = False,
@@ -190,7 +200,7 @@ def train(
 
         cast train HuggingFaceTB/SmolLM2-135M-Instruct --data texts/ --out smollm2-24 --preset quick
     """
-    from cast_train.config import CONFIGS, PRESETS, TrainConfig
+    from cast_train.config import CONFIGS, PRESETS, TrainConfig, setting_value
     from cast_train.methods.finetune import FinetuneConfig
     from conversion.errors import InputError
 
@@ -198,8 +208,13 @@ def train(
         raise InputError(f"there is no preset '{preset}': use one of {', '.join(PRESETS)}")
     if finetune and method != "cast":
         raise InputError("--finetune keeps the mask that is there: leave --method out")
-    config = (FinetuneConfig if finetune else CONFIGS.get(method, TrainConfig)).preset(
-        preset,
+    others = {}
+    for entry in settings or []:
+        name, equals, value = entry.partition("=")
+        if not equals:
+            raise InputError(f"--set {entry}: give NAME=VALUE, for example micro_batch_tokens=16384")
+        others[name] = setting_value(value)
+    named: dict[str, Any] = dict(
         steps=steps,
         tokens=tokens,
         batch_tokens=batch_tokens,
@@ -225,6 +240,7 @@ def train(
         gradient_checkpointing=gradient_checkpointing,
         compile=compile,
     )
+    config = (FinetuneConfig if finetune else CONFIGS.get(method, TrainConfig)).preset(preset, **named | others)
     if dry_run:
         from rich.console import Console
 

@@ -113,7 +113,7 @@ def train(
     if teacher_cache is not None:
         examples = cached_blocks(teacher_cache, blocks, dense, config, args, identity)
     student = dense_model(dense, torch.float32)
-    teacher = dense_model(dense, torch.float32) if config.eta > 0 and teacher_cache is None else None
+    teacher = dense_model(dense, torch.float32) if config.runs_teacher else None
     gpus = torch.accelerator.device_count()
     if args.world_size == 1 and gpus > 1:
         console.print(f"training on one of {gpus} GPUs: start with torchrun --nproc-per-node {gpus} to use them all")

@@ -589,7 +589,7 @@ def test_a_tokenizer_of_another_model_is_refused(llama: Setting) -> None:
     other.add_tokens(["the"])
     other.save_pretrained(llama.source)
     llama.text.write_text("the " * 200)
-    message = r"tokenizer of .*dense does not match its model: the text has token 97, and the model knows 97"
+    message = r"tokenizer of .*dense does not match its model: it makes token 97, and the model knows 97"
     with pytest.raises(InputError, match=message):
         llama.train("out", config())
     assert not (llama.root / "out.run").exists()
@@ -643,6 +643,8 @@ def test_refuses_an_existing_directory_unless_told_to_replace_it(llama: Setting)
         ({"learning_rate": 1.0}, "learning_rate"),
         ({"decay": -1.0}, "decay"),
         ({"decay": "automatic"}, "decay"),
+        ({"decay": "nan"}, "decay"),
+        ({"lr": float("inf")}, "lr"),
         ({"batch_tokens": 100, "block_length": 64}, "multiple"),
         ({"tokens": 1000, "steps": 3}, "not both"),
         ({"tokens": 10, "steps": None}, "less than one step"),
@@ -674,14 +676,17 @@ def test_command_line(llama: Setting, monkeypatch: pytest.MonkeyPatch, capsys: p
     out = llama.root / "out"
     arguments = ["train", str(llama.source), "--data", str(llama.text), "--out", str(out), "--preset", "quick"]
     arguments += ["--steps", "3", "--batch-tokens", "64", "--block-length", "16", "--warm-start", "magnitude"]
-    cast(monkeypatch, *arguments, "--force")
+    cast(monkeypatch, *arguments, "--force", "--set", "micro_batch_tokens=32", "--set", "betas=[0.8,0.9]")
+    summary = json.loads((out / "training.json").read_text())
+    assert (summary["config"]["micro_batch_tokens"], summary["config"]["betas"]) == (32, [0.8, 0.9])
     printed = capsys.readouterr().out
     assert "decay can move a weight by" in printed
     assert "step 3/3" in printed
     assert "left" in printed
     assert "after" in printed
     assert_exactly_2of4(out)
-    for bad in (["--lr", "0"], ["--preset", "slow"], ["--decay", "much"]):
+    bad_sets = (["--set", "micro_batch_tokens"], ["--set", "micro_batch_token=32"], ["--set", "name=x"])
+    for bad in (["--lr", "0"], ["--preset", "slow"], ["--decay", "much"], *bad_sets):
         with pytest.raises(RuntimeError, match="2"):
             cast(monkeypatch, *arguments, *bad)
         assert capsys.readouterr().err.startswith("error: ")
