@@ -29,6 +29,7 @@ from cast_train.config import TrainConfig
 from cast_train.distillation import IGNORE_INDEX, DistillationLoss, TeacherTop, distillation_loss
 from cast_train.masked_adam import MaskedAdam
 from cast_train.methods import trained_method
+from cast_train.methods.finetune import FinetuneConfig
 from cast_train.schedule import lr_factor
 from cast_train.sharding import asked_for_fsdp, gather, scatter, shard, skeleton
 from cast_train.sparse_model import finalize, is_transposed, scope
@@ -329,6 +330,8 @@ def training_arguments(config: TrainConfig, directory: Path) -> TrainingArgument
     micro, accumulation = config.split_step(args.world_size)
     sharding: dict[str, Any] = {}
     if config.fsdp or asked_for_fsdp():
+        if isinstance(config, FinetuneConfig) and config.lora_rank:
+            raise InputError("low-rank updates are not sharded: launch without FSDP")
         if args.parallel_mode != ParallelMode.DISTRIBUTED:
             raise InputError(
                 "sharding needs a process for each device: start with 'torchrun --nproc-per-node N' or 'accelerate "

@@ -16,7 +16,7 @@ from cast_train.cli import train
 from cast_train.finetune import finetune
 from cast_train.health import read_metrics
 from cast_train.methods.finetune import FinetuneConfig, FixedMaskAdam, MaskedLowRank
-from cast_train.trainer import CastTrainer
+from cast_train.trainer import CastTrainer, training_arguments
 from conversion.errors import InputError
 from conversion.families import family_of, in_scope
 from tests.cast_train.tiny import BUDGET, save_model, tokenizer, write_text
@@ -121,12 +121,17 @@ def test_what_is_not_sparse_is_refused_by_name(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_settings_that_make_no_sense_are_refused() -> None:
+def test_settings_that_make_no_sense_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match="leave the warm start out"):
         config(warm_start="magnitude")
     with pytest.raises(InputError, match="low-rank updates are not sharded"):
         config(lora_rank=2, fsdp=True)
     assert FinetuneConfig.preset("quick").eta == 0
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")  # as by accelerate launch
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "false")
+    with pytest.raises(InputError, match="low-rank updates are not sharded"):
+        training_arguments(config(lora_rank=2), tmp_path)
 
 
 def test_the_command_finetunes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
