@@ -60,7 +60,8 @@ class DecayBudget:
         raise InputError(
             f"decay can move a weight by {self.distance:.2g} in {self.steps} steps at learning rate {self.lr:.2g}, but "
             f"masked weights average {self.masked_mean:.2g} (99th percentile {self.masked_p99:.2g}), so the cut would "
-            f"hurt: use {faster}{self.steps_needed} steps, start from smaller masked weights (a warm start), or force it"
+            f"hurt: use {faster}{self.steps_needed} steps, start from smaller masked weights (a warm start), or force "
+            "it"
         )
 
     def __str__(self) -> str:

@@ -214,32 +214,32 @@ def train(
         if not equals:
             raise InputError(f"--set {entry}: give NAME=VALUE, for example micro_batch_tokens=16384")
         others[name] = setting_value(value)
-    named: dict[str, Any] = dict(
-        steps=steps,
-        tokens=tokens,
-        batch_tokens=batch_tokens,
-        block_length=block_length,
-        lr=lr,
-        schedule=schedule,
-        warm_start=warm_start,
-        shrink=shrink,
-        eta=eta,
-        temperature=temperature,
-        decay=decay,
-        ramp_end=ramp_end,
-        scaling_blocks=scaling_blocks,
-        decay_norm=decay_norm,
-        second_moment=second_moment,
-        lora_rank=lora_rank,
-        precision=precision,
-        seed=seed,
-        save_steps=save_steps,
-        log_steps=log_steps,
-        fsdp=fsdp,
-        teacher_top_k=teacher_top_k or (64 if teacher_cache is not None else None),
-        gradient_checkpointing=gradient_checkpointing,
-        compile=compile,
-    )
+    named: dict[str, Any] = {
+        "steps": steps,
+        "tokens": tokens,
+        "batch_tokens": batch_tokens,
+        "block_length": block_length,
+        "lr": lr,
+        "schedule": schedule,
+        "warm_start": warm_start,
+        "shrink": shrink,
+        "eta": eta,
+        "temperature": temperature,
+        "decay": decay,
+        "ramp_end": ramp_end,
+        "scaling_blocks": scaling_blocks,
+        "decay_norm": decay_norm,
+        "second_moment": second_moment,
+        "lora_rank": lora_rank,
+        "precision": precision,
+        "seed": seed,
+        "save_steps": save_steps,
+        "log_steps": log_steps,
+        "fsdp": fsdp,
+        "teacher_top_k": teacher_top_k or (64 if teacher_cache is not None else None),
+        "gradient_checkpointing": gradient_checkpointing,
+        "compile": compile,
+    }
     config = (FinetuneConfig if finetune else CONFIGS.get(method, TrainConfig)).preset(preset, **named | others)
     if dry_run:
         from rich.console import Console

@@ -125,7 +125,9 @@ def test_tokens_with_a_label_count_alike_however_they_are_spread(tmp_path: Path)
     for micro_batch_tokens in (64, 32, 16):
         trainer = trainer_of(examples, tmp_path / "run", steps=2, micro_batch_tokens=micro_batch_tokens)
         trainer.train()
-        found.append([line[name] for line in trainer.state.log_history[:2] for name in ("loss", "ce", "kl", "grad_norm")])
+        found.append(
+            [line[name] for line in trainer.state.log_history[:2] for name in ("loss", "ce", "kl", "grad_norm")]
+        )
     assert found[1] == pytest.approx(found[0], rel=1e-4)
     assert found[2] == pytest.approx(found[0], rel=1e-4)
 
