@@ -177,6 +177,7 @@ class CastTrainer(Trainer):
         return first, first + size - 1
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
+        _masked_adam(self.optimizer).mask_gradients()
         norm = super()._clip_grad_norm(model)
         if not math.isfinite(norm):  # else the weights, and the next checkpoint, would not be finite either
             raise InputError(

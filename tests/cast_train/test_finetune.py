@@ -10,12 +10,14 @@ import typer
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn.utils import parametrize
+from transformers import Trainer
 from typer.testing import CliRunner
 
 from cast_train.cli import train
 from cast_train.finetune import finetune
 from cast_train.health import read_metrics
 from cast_train.methods.finetune import FinetuneConfig, FixedMaskAdam, MaskedLowRank
+from cast_train.sparse_model import scope
 from cast_train.trainer import CastTrainer, training_arguments
 from conversion.errors import InputError
 from conversion.families import family_of, in_scope
@@ -88,6 +90,20 @@ def test_masked_gradients_do_not_reach_the_moments() -> None:
         adam.step()
     torch.testing.assert_close(weight.detach(), torch.tensor([[reference[0].item(), 0.0, reference[1].item(), 0.0]]))
     assert (optimizer.state[weight]["exp_avg_sq"][0, 1::2] == 0).all()
+
+
+def test_gradients_are_clipped_by_what_is_used_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def recorded(self: Trainer, model: Any) -> Any:
+        of_zeros.extend(module.weight.grad[module.weight == 0] for _, module in scope(model))
+        return clip(self, model)
+
+    of_zeros: list[torch.Tensor] = []
+    clip = Trainer._clip_grad_norm
+    monkeypatch.setattr(Trainer, "_clip_grad_norm", recorded)
+    sparse_model(tmp_path / "sparse")
+    run(tmp_path, "out", config(steps=1))
+    assert len(torch.cat(of_zeros)) > 0
+    assert not torch.cat(of_zeros).any()
 
 
 @pytest.mark.parametrize("lora_rank", [0, 4])
