@@ -5,13 +5,13 @@ interrupted goes on; runs lie in --work. They train and evaluate by the same fun
 """
 
 import itertools
-import json
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from cast_train.config import setting_value
 from conversion.command import run
 from conversion.errors import InputError
 
@@ -218,23 +218,16 @@ def parse_settings(entries: list[str]) -> tuple[dict[str, Any], dict[str, dict[s
         method, dot, key = name.rpartition(".")
         if not equals or not key or key in ("tokens", "steps") or (dot and method not in VARIANTS):
             raise InputError(f"--set {entry}: give KEY=VALUE or METHOD.KEY=VALUE, for example lr=1e-4 or ast.lr=2e-4")
-        (own.setdefault(method, {}) if dot else common)[key] = _value(value)
+        (own.setdefault(method, {}) if dot else common)[key] = setting_value(value)
     return common, own
 
 
 def _swept(entry: str) -> tuple[str, list[Any]]:
     key, equals, values = entry.partition("=")
-    if not equals or not key or not values:
-        raise InputError(f"--over {entry}: give KEY=VALUE,VALUE, for example lr=1e-4,2e-4")
-    together = _value(f"[{values}]")  # a value may be a list itself, with commas of its own
-    return key, together if isinstance(together, list) else [_value(value) for value in values.split(",")]
-
-
-def _value(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
+    if not equals or not key or not values or key in ("tokens", "steps"):
+        raise InputError(f"--over {entry}: give KEY=VALUE,VALUE, for example lr=1e-4,2e-4; the budget is --tokens")
+    together = setting_value(f"[{values}]")  # a value may be a list itself, with commas of its own
+    return key, together if isinstance(together, list) else [setting_value(value) for value in values.split(",")]
 
 
 def parse_budgets(option: str, text: str) -> list[int]:

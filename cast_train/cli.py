@@ -1,7 +1,7 @@
 """`cast permute`, `cast train`, `cast eval` and `cast scaling-law`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -122,7 +122,7 @@ def train(
         Path | None,
         typer.Option(
             help="Directory of the dense model's most likely tokens; filled if need be, it saves later runs with the "
-            "same text and seed the dense model.",
+            "same text and seed, and no more steps, the dense model.",
             rich_help_panel=_RUNNING,
         ),
     ] = None,
@@ -153,6 +153,16 @@ def train(
             rich_help_panel=_PLANNING,
             min=0.01,
             max=1,
+        ),
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="NAME=VALUE",
+            help="A setting that has no option here, for example micro_batch_tokens=16384, train_embeddings=true, "
+            "dense_lr=5 or betas=[0.9,0.95]; docs/training.md has them all. May be repeated.",
+            rich_help_panel=_RUNNING,
         ),
     ] = None,
     resume: Annotated[
@@ -190,7 +200,7 @@ def train(
 
         cast train HuggingFaceTB/SmolLM2-135M-Instruct --data texts/ --out smollm2-24 --preset quick
     """
-    from cast_train.config import CONFIGS, PRESETS, TrainConfig
+    from cast_train.config import CONFIGS, PRESETS, TrainConfig, setting_value
     from cast_train.methods.finetune import FinetuneConfig
     from conversion.errors import InputError
 
@@ -198,33 +208,39 @@ def train(
         raise InputError(f"there is no preset '{preset}': use one of {', '.join(PRESETS)}")
     if finetune and method != "cast":
         raise InputError("--finetune keeps the mask that is there: leave --method out")
-    config = (FinetuneConfig if finetune else CONFIGS.get(method, TrainConfig)).preset(
-        preset,
-        steps=steps,
-        tokens=tokens,
-        batch_tokens=batch_tokens,
-        block_length=block_length,
-        lr=lr,
-        schedule=schedule,
-        warm_start=warm_start,
-        shrink=shrink,
-        eta=eta,
-        temperature=temperature,
-        decay=decay,
-        ramp_end=ramp_end,
-        scaling_blocks=scaling_blocks,
-        decay_norm=decay_norm,
-        second_moment=second_moment,
-        lora_rank=lora_rank,
-        precision=precision,
-        seed=seed,
-        save_steps=save_steps,
-        log_steps=log_steps,
-        fsdp=fsdp,
-        teacher_top_k=teacher_top_k or (64 if teacher_cache is not None else None),
-        gradient_checkpointing=gradient_checkpointing,
-        compile=compile,
-    )
+    others = {}
+    for entry in settings or []:
+        name, equals, value = entry.partition("=")
+        if not equals:
+            raise InputError(f"--set {entry}: give NAME=VALUE, for example micro_batch_tokens=16384")
+        others[name] = setting_value(value)
+    named: dict[str, Any] = {
+        "steps": steps,
+        "tokens": tokens,
+        "batch_tokens": batch_tokens,
+        "block_length": block_length,
+        "lr": lr,
+        "schedule": schedule,
+        "warm_start": warm_start,
+        "shrink": shrink,
+        "eta": eta,
+        "temperature": temperature,
+        "decay": decay,
+        "ramp_end": ramp_end,
+        "scaling_blocks": scaling_blocks,
+        "decay_norm": decay_norm,
+        "second_moment": second_moment,
+        "lora_rank": lora_rank,
+        "precision": precision,
+        "seed": seed,
+        "save_steps": save_steps,
+        "log_steps": log_steps,
+        "fsdp": fsdp,
+        "teacher_top_k": teacher_top_k or (64 if teacher_cache is not None else None),
+        "gradient_checkpointing": gradient_checkpointing,
+        "compile": compile,
+    }
+    config = (FinetuneConfig if finetune else CONFIGS.get(method, TrainConfig)).preset(preset, **named | others)
     if dry_run:
         from rich.console import Console
 

@@ -1,5 +1,6 @@
 """Everything a run can be told: what all methods share, then what each adds; published values and presets."""
 
+import json
 from typing import Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -16,7 +17,7 @@ _QUICK_ADAM = {"lr": 4e-4}
 class TrainConfig(BaseModel):
     """What every trained method can be told; the defaults are the `full` preset. Bad values raise InputError."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     method: ClassVar[str] = ""
     """Name of the method that a config of this class belongs to, a key of `cast_train.methods.TRAINED`."""
     own_presets: ClassVar[dict[Preset, dict[str, Any]]] = {}
@@ -109,7 +110,7 @@ class TrainConfig(BaseModel):
         return self
 
     @classmethod
-    def preset(cls, name: Preset, **changes: Any) -> Self:
+    def preset(cls, name: Preset, /, **changes: Any) -> Self:
         """Return preset `name` with those `changes` that are not None; steps replaces the preset's tokens and back."""
         changes = {key: value for key, value in changes.items() if value is not None}
         values = PRESETS[name] | cls.own_presets.get(name, {})
@@ -124,6 +125,11 @@ class TrainConfig(BaseModel):
             return self
         length = next(n for n in range(context, 0, -1) if self.batch_tokens % n == 0)
         return type(self)(**self.model_dump() | {"block_length": length})
+
+    @property
+    def runs_teacher(self) -> bool:
+        """Whether every step runs the teacher: not where there is none, or its most likely tokens are on disk."""
+        return self.eta > 0 and self.teacher_top_k is None
 
     @property
     def blocks_per_step(self) -> int:
@@ -237,3 +243,11 @@ PRESETS: dict[Preset, dict[str, Any]] = {
         "log_steps": 1,
     },
 }
+
+
+def setting_value(text: str) -> Any:
+    """Return what a setting is given on a command line: a number, true, a list, or else the text itself."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text

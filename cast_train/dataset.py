@@ -119,8 +119,7 @@ def load_tokens(
     Raises:
         InputError: a file is missing, empty or malformed, or has no text.
     """
-    if tokenizer.eos_token_id is None:
-        raise InputError("the tokenizer has no EOS token to end documents with: set eos_token in its tokenizer_config")
+    check_eos(tokenizer)
     sources = [source for entry in data for source in open_sources(entry)]
     if not sources:
         raise InputError("no training text was given")
@@ -143,11 +142,17 @@ def load_tokens(
     return TokenCache(tokens, fingerprint, meta["largest"])
 
 
+def check_eos(tokenizer: PreTrainedTokenizerBase) -> None:
+    """InputError if a tokenizer has no token to end documents with."""
+    if tokenizer.eos_token_id is None:
+        raise InputError("the tokenizer has no EOS token to end documents with: set eos_token in its tokenizer_config")
+
+
 def check_vocabulary(largest: int, vocabulary: int, directory: Path) -> None:
-    """InputError if a model of `vocabulary` tokens has no embedding for the largest that its own tokenizer made."""
+    """InputError if a model of `vocabulary` tokens has no embedding for the largest that its own tokenizer makes."""
     if largest >= vocabulary:
         raise InputError(
-            f"the tokenizer of {directory} does not match its model: the text has token {largest}, and the model knows "
+            f"the tokenizer of {directory} does not match its model: it makes token {largest}, and the model knows "
             f"{vocabulary}; copy the tokenizer from where the model came from"
         )
 

@@ -16,7 +16,7 @@ ACCELERATOR_LOGITS = 1 << 27
 
 @dataclass(frozen=True)
 class DistillationLoss:
-    """Scalars, means over the predicted tokens, in nats. Only `loss` carries gradients."""
+    """Scalars, means over the predicted tokens (0 if there is none), in nats. Only `loss` carries gradients."""
 
     loss: Tensor
     ce: Tensor
@@ -118,7 +118,7 @@ class _ChunkedLoss(torch.autograd.Function):
         device = rows.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else rows.dtype
         accumulate = torch.float64 if rows.dtype == torch.float64 else torch.float32
-        tokens = rows.shape[0]
+        tokens = max(1, rows.shape[0])  # without any, all is zero
         wants_rows, wants_head = ctx.needs_input_grad[:2]
         grad_rows = torch.empty_like(rows) if wants_rows else None
         grad_head = torch.zeros(head.shape, dtype=accumulate, device=head.device) if wants_head else None

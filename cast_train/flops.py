@@ -43,7 +43,7 @@ def token_flops(model: PreTrainedModel, config: TrainConfig) -> TokenFlops:
     attention = model.config.num_hidden_layers * 2 * attention_width(model.config) * config.block_length
     forward = 2 * (linears + head) + attention
     backward = 4 * linears + (4 if config.train_embeddings else 2) * head + 2 * attention
-    return TokenFlops(forward, backward, forward if config.eta > 0 else 0.0)
+    return TokenFlops(forward, backward, forward if config.runs_teacher else 0.0)
 
 
 def attention_width(config: PretrainedConfig) -> int:

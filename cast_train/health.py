@@ -9,6 +9,8 @@ from typing import Any
 from rich.console import Console
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from conversion.atomic import room_for, write_text
+
 _LOGGED = ("loss", "ce", "kl", "masked", "kept", "mask_flips", "pruned")
 
 
@@ -34,7 +36,7 @@ class Health(TrainerCallback):
         self._first_step = self._last_step = state.global_step
         if state.is_world_process_zero:
             kept = [line for line in read_metrics(self._path) if line["step"] <= state.global_step]
-            self._path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            write_text(self._path, "".join(json.dumps(line) + "\n" for line in kept))
             self._seconds_before = kept[-1]["seconds"] if kept else 0.0
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -65,7 +67,7 @@ class Health(TrainerCallback):
             "tokens_per_s": speed,
             "seconds": self._seconds_before + elapsed,
         }
-        with self._path.open("a") as file:
+        with room_for(self._path), self._path.open("a") as file:
             file.write(json.dumps(line) + "\n")
         self._console.print(
             f"step {state.global_step}/{state.max_steps}",

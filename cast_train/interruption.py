@@ -9,11 +9,11 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 
 class StopOnSigterm(TrainerCallback):
-    """Around `trainer.train()`: a first SIGTERM saves and stops it, a second one ends the process at once.
+    """Around `trainer.train()`: SIGTERM saves and stops it; to end the process at once there are SIGINT and SIGKILL.
 
-    That is what comes first from `timeout`, a batch system's time limit, or a machine that is taken away. All processes
-    stop after the same step, whichever got the signal; Trainer's own enable_jit_checkpoint does not see to that, and
-    waits three seconds.
+    That is what comes first from `timeout`, a batch system's time limit, or a machine that is taken away. It comes more
+    than once where these signal every process and torchrun hands it on. All processes stop after the same step,
+    whichever got the signal; Trainer's own enable_jit_checkpoint does not see to that, and waits three seconds.
     """
 
     def __init__(self, trainer: Trainer) -> None:
@@ -34,7 +34,6 @@ class StopOnSigterm(TrainerCallback):
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self._asked = True
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         accelerator = self._trainer.accelerator

@@ -87,6 +87,10 @@ class MaskedAdam(Optimizer):
     def start(self) -> None:
         """Call before the first forward pass, for methods whose forward needs a mask; else and later nothing."""
 
+    @torch.no_grad()
+    def mask_gradients(self) -> None:
+        """Call before gradients are clipped, for methods that never use some of them; else nothing."""
+
     @overload
     def step(self, closure: None = None) -> None: ...
     @overload

@@ -25,6 +25,7 @@ from cast_train.config import TrainConfig
 from cast_train.devices import ACCELERATORS
 from cast_train.distillation import ACCELERATOR_LOGITS, distillation_loss
 from cast_train.flops import token_flops
+from cast_train.methods.finetune import FinetuneConfig
 from cast_train.sparse_model import is_transposed, scope, sparsify
 from conversion.errors import InputError
 from conversion.model_config import read_config
@@ -121,7 +122,7 @@ def make_plan(
         fsdp=config.fsdp,
         memory=memory,
         capacity=None if gpu is None else ACCELERATORS[gpu].memory,
-        host_memory=4 * sum(shape.numel() for shape in shapes) * (2 if config.eta > 0 else 1),
+        host_memory=4 * sum(shape.numel() for shape in shapes) * (2 if config.runs_teacher else 1),
         micro_batch=blocks * config.block_length,
         accumulation=accumulation,
         steps=config.total_steps,
@@ -149,9 +150,10 @@ def kept_memory(
         "weights": 4 * sum(weights),
         "gradients": 4 * sum(trained),
         "optimizer": 8 * sum(trained) + dense,
-        "masks": sum(sparse),
+        # a low-rank update multiplies by its mask in float32
+        "masks": (4 if isinstance(config, FinetuneConfig) and config.lora_rank else 1) * sum(sparse),
     }
-    if config.eta > 0:
+    if config.runs_teacher:
         memory["teacher"] = (2 if bf16 else 4) * sum(_part(shape, parts) for shape in teacher)
     return memory
 
@@ -180,9 +182,11 @@ def loss_memory(student: PreTrainedModel, config: TrainConfig, blocks: int, *, b
     copy = 2 * logits if bf16 else 0  # of logits or their gradient, in the products' dtype
     if config.eta > 0:
         softened = 0 if config.temperature == 1 else 1
-        at_kl = (3 + softened) * 4 * logits  # of student and teacher, and their difference
+        # of student and teacher, and their difference; of a teacher's most likely tokens, of what it makes of the rest
+        at_kl = (3 + softened if config.runs_teacher else 2) * 4 * logits
         at_gradients = (2 + softened) * 4 * logits + copy + width * trained_head
-        rows = tokens * hidden * (4 + width)  # hidden states of student and teacher where a token is predicted
+        # hidden states of student and teacher where a token is predicted
+        rows = tokens * hidden * (4 + (width if config.runs_teacher else 0))
     else:
         at_kl = 4 * logits + copy
         at_gradients = 4 * logits + copy + width * trained_head
@@ -210,7 +214,7 @@ def communication_memory(student: PreTrainedModel, config: TrainConfig, gpus: in
     outside = _numel(p for p in student.parameters() if id(p) not in inside)
     outside_trained = _numel(p for p in trained if id(p) not in inside)
     student_bytes = 4 * (outside + outside_trained) + 2 * 4 * 2 * block
-    teacher_bytes = (2 if bf16 else 4) * (outside + 2 * block) if config.eta > 0 else 0
+    teacher_bytes = (2 if bf16 else 4) * (outside + 2 * block) if config.runs_teacher else 0
     return student_bytes + teacher_bytes
 
 
@@ -221,7 +225,7 @@ def measured_speed(model_config: PretrainedConfig, config: TrainConfig, *, bf16:
     with torch.device(device):
         shortened = _with_layers(model_config, 1)
         student = sparsify(AutoModelForCausalLM.from_config(shortened), config).train()
-        teacher = AutoModelForCausalLM.from_config(shortened).requires_grad_(False) if config.eta > 0 else None
+        teacher = AutoModelForCausalLM.from_config(shortened).requires_grad_(False) if config.runs_teacher else None
         ids = torch.randint(shortened.vocab_size, (max(1, _MEASURED_TOKENS // length), length))
     seconds = []
     for _ in range(5):

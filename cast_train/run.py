@@ -3,10 +3,13 @@
 import hashlib
 import json
 import os
+import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from conversion.atomic import room_for
 from conversion.errors import InputError
 
 FREE_SETTINGS = ("save_steps", "log_steps", "fsdp", "gradient_checkpointing", "compile")
@@ -18,14 +21,16 @@ class Run:
     """A run's directory: run.json (identity and measured facts), metrics.jsonl and the checkpoints.
 
     Attributes:
-        directory: where they lie; does not exist before `begin`.
+        directory: where they lie; holds nothing of this run before `begin`.
         identity: what must be the same after a resume.
         facts: what was measured at the start, and is not measured again; empty before `begin`.
+        begun: whether `begin` was called, now or before a resume.
     """
 
     directory: Path
     identity: dict[str, Any]
     facts: dict[str, Any]
+    begun: bool = False
 
     @classmethod
     def find(cls, directory: Path, identity: dict[str, Any], *, resume: bool) -> "Run":
@@ -51,19 +56,30 @@ class Run:
                 f"cannot resume {directory}, it is another run ({'; '.join(differences)}): give the same settings, or "
                 "remove it to start over"
             )
-        return cls(directory, identity, saved["facts"])
+        return cls(directory, identity, saved["facts"], begun=True)
 
     @property
     def metrics(self) -> Path:
         return self.directory / "metrics.jsonl"
 
     def begin(self, **facts: Any) -> None:
-        """Write the run down, with the facts."""
+        """Write the run down, with the facts. InputError, and nothing written, if the disk is full."""
         self.facts = json.loads(json.dumps(facts))
         self.directory.mkdir(parents=True, exist_ok=True)
         partial = self.directory / f"run.json.{os.getpid()}"  # every process of a distributed run writes it
-        partial.write_text(json.dumps({"identity": self.identity, "facts": self.facts}, indent=1) + "\n")
-        partial.rename(self.directory / "run.json")
+        try:
+            with room_for(self.directory / "run.json"):
+                partial.write_text(json.dumps({"identity": self.identity, "facts": self.facts}, indent=1) + "\n")
+            partial.rename(self.directory / "run.json")
+        finally:
+            partial.unlink(missing_ok=True)
+        self.begun = True
+
+    def remove(self) -> None:
+        """Delete the directory; killed on the way, it is gone all the same by its name."""
+        old = Path(tempfile.mkdtemp(prefix=f".{self.directory.name}.old.", dir=self.directory.parent))
+        self.directory.rename(old / self.directory.name)
+        shutil.rmtree(old)
 
 
 def _differences(before: Any, now: Any, name: str = "") -> list[tuple[str, Any, Any]]:

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from cast_train.dataset import default_cache
+from cast_train.dataset import check_eos, check_vocabulary, default_cache
 from cast_train.run import source_hash
 from conversion.atomic import write_text
 from conversion.checkpoint import Checkpoint
-from conversion.dense_model import dense_model
+from conversion.dense_model import dense_config, dense_model
 from conversion.errors import InputError
 from conversion.progress import shown_progress
 
@@ -66,7 +66,11 @@ def sample_text(
     ones, then the model's own. An EOS ends a document, and the model goes on with the next. Files are one batch each
     and stay in the cache, so an interrupted call goes on where it was, and a longer one extends a shorter one. Under
     torchrun the batches are shared among the processes.
+
+    InputError if the tokenizer has no EOS token, or makes tokens that the model does not know.
     """
+    check_eos(tokenizer)
+    check_vocabulary(_ordinary(tokenizer)[-1], dense_config(checkpoint).vocab_size, checkpoint.directory)
     device = _device()
     sequences = _sequences(checkpoint, length, device)
     key = [str(_VERSION), source_hash(checkpoint.directory), tokenizer.get_vocab(), length, sequences, device.type]
@@ -94,8 +98,7 @@ def _sample(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sequences: int, length: int, seed: int
 ) -> list[list[int]]:
     """Return `sequences` lists of `length` token ids."""
-    special = set(tokenizer.all_special_ids)
-    ordinary = torch.tensor([token for token in range(len(tokenizer)) if token not in special])
+    ordinary = torch.tensor(_ordinary(tokenizer))
     chosen = torch.randint(len(ordinary), (sequences, 1), generator=torch.Generator().manual_seed(seed))
     start = ordinary[chosen]
     prefix = tokenizer("")["input_ids"]  # BOS, for tokenizers that set one
@@ -117,6 +120,12 @@ def _sample(
         ids = generate(start, attention_mask=torch.ones_like(start), generation_config=config)
     rows: list[list[int]] = ids.tolist()
     return rows
+
+
+def _ordinary(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return all tokens that are not special, in ascending order."""
+    special = set(tokenizer.all_special_ids)
+    return [token for token in range(len(tokenizer)) if token not in special]
 
 
 def _documents(rows: list[list[int]], tokenizer: PreTrainedTokenizerBase) -> list[str]:

@@ -52,43 +52,54 @@ class TeacherCache:
 
     @classmethod
     def open(cls, directory: Path, identity: dict[str, Any], rows: int, positions: int, k: int, vocab: int) -> Self:
-        """Open the cache in `directory`, or make an empty one.
+        """Open the first `rows` rows of the cache in `directory`, or make an empty one, whole or not at all.
 
         Args:
+            rows: no more than the cache holds; which text a row has does not depend on their number.
             identity: what the numbers depend on beside their shape: text, seed, teacher, precision.
 
         Raises:
-            InputError: the directory holds a cache of something else (every difference is named).
+            InputError: the directory holds a cache of something else (every difference is named), or the disk is full.
         """
         if not 0 < k < vocab:
             raise InputError(f"the teacher cache keeps between 1 and {vocab - 1} tokens a position, not {k}")
         shape = {"rows": rows, "positions": positions, "k": k, "vocabulary": vocab}
         meta = json.loads(json.dumps({"version": _VERSION, **shape, **identity}))
         path = directory / "meta.json"
-        if path.is_file():
+        found = path.is_file()
+        if found:
             saved = json.loads(path.read_text())
             differences = [
                 f"{name} was {saved.get(name)}, is {meta.get(name)}"
                 for name in sorted(saved.keys() | meta.keys())
-                if saved.get(name) != meta.get(name)
+                if saved.get(name) != meta.get(name) and not (name == "rows" and saved.get(name, 0) > rows)
             ]
             if differences:
                 raise InputError(
                     f"the teacher cache {directory} belongs to another run ({'; '.join(differences)}): name another "
                     "directory"
                 )
+            saved_rows = saved["rows"]
         elif directory.is_dir() and any(directory.iterdir()):
             raise InputError(f"{directory} is not empty and holds no teacher cache: name another directory")
+        else:
+            directory.mkdir(parents=True, exist_ok=True)
+            saved_rows = rows
         small = vocab <= 1 << 16
-        cache = cls(
-            _map(directory / "ids.bin", (rows, positions, k), np.uint16 if small else np.uint32),
-            _map(directory / "log_probs.bin", (rows, positions, k), np.float16),
-            _map(directory / "tail.bin", (rows, positions), np.float16),
-            _map(directory / "done.bin", (rows,), np.uint8),
-        )
-        if not path.is_file():
-            write_text(path, json.dumps(meta, indent=1) + "\n")
-        return cache
+        try:
+            if not found:  # first, so that what a kill leaves is known for an unfinished cache
+                write_text(path, json.dumps(meta, indent=1) + "\n")
+            arrays = (
+                _map(directory / "ids.bin", (saved_rows, positions, k), np.uint16 if small else np.uint32),
+                _map(directory / "log_probs.bin", (saved_rows, positions, k), np.float16),
+                _map(directory / "tail.bin", (saved_rows, positions), np.float16),
+                _map(directory / "done.bin", (saved_rows,), np.uint8),
+            )
+        except BaseException:
+            for file in () if found else directory.iterdir():
+                file.unlink()
+            raise
+        return cls(*(array[:rows] for array in arrays))  # type: ignore[arg-type]  # part of a map is one
 
     def row(self, number: int) -> dict[str, Tensor]:
         """Return a row as the loss takes it: ids [L-1, k] int64, log-probs [L-1, k] and tail [L-1] float32."""
@@ -101,14 +112,12 @@ class TeacherCache:
 
 def _map(path: Path, shape: tuple[int, ...], dtype: Any) -> np.memmap:
     """Map a file, made if need be and of the right size: InputError now, and not SIGBUS later, if the disk is full."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     size = int(np.prod(shape)) * np.dtype(dtype).itemsize
     with path.open("ab") as file:
         if file.tell() != size:
             try:
                 os.posix_fallocate(file.fileno(), 0, size)
             except OSError as error:
-                path.unlink()
                 raise InputError(
                     f"{path} needs {size / 1e9:.3g} GB and cannot be made ({error.strerror}): free some, or keep fewer "
                     "tokens a position"

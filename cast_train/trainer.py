@@ -26,9 +26,10 @@ from transformers import (
 from transformers.training_args import ParallelMode
 
 from cast_train.config import TrainConfig
-from cast_train.distillation import DistillationLoss, TeacherTop, distillation_loss
+from cast_train.distillation import IGNORE_INDEX, DistillationLoss, TeacherTop, distillation_loss
 from cast_train.masked_adam import MaskedAdam
 from cast_train.methods import trained_method
+from cast_train.methods.finetune import FinetuneConfig
 from cast_train.schedule import lr_factor
 from cast_train.sharding import asked_for_fsdp, gather, scatter, shard, skeleton
 from cast_train.sparse_model import finalize, is_transposed, scope
@@ -46,13 +47,16 @@ class CastTrainer(Trainer):
         teacher: the dense starting model, frozen; None trains on cross entropy alone.
         args: from `training_arguments`, or your own.
         others: as in transformers.Trainer. Examples need "input_ids"; "labels" (-100 is left out) default to those;
-            "teacher_ids", "teacher_log_probs" and "teacher_tail" (see TeacherTop) stand for a teacher.
+            "attention_mask" and "position_ids" go to both models; "teacher_ids", "teacher_log_probs" and "teacher_tail"
+            (see TeacherTop) stand for a teacher. All tokens of a step that have a label count alike.
     """
 
     def __init__(
         self, model: PreTrainedModel, config: TrainConfig, teacher: PreTrainedModel | None = None, **kwargs: Any
     ) -> None:
         args: TrainingArguments | None = kwargs.get("args")
+        if args is not None and args.n_gpu > 1:
+            args._n_gpu = 1  # Trainer's DataParallel would multiply the batch, and knows nothing of the loss here
         self.skeleton: PreTrainedModel | None = None
         if args is not None and args.fsdp:
             self.skeleton = skeleton(model)
@@ -81,7 +85,7 @@ class CastTrainer(Trainer):
                 if each is not None:
                     compile_blocks(each)
         self.add_callback(_StartOptimizer())
-        self.model_accepts_loss_kwargs = False  # the loss is a mean, so Trainer divides by the accumulation steps
+        self.model_accepts_loss_kwargs = True  # Trainer counts the labels of a step, where examples have some
         self._sums: dict[str, Tensor] = {}
         self._summed = 0
         self._micro_batch = (-1, 0)  # step and number
@@ -142,9 +146,26 @@ class CastTrainer(Trainer):
                 f"the loss became {losses.loss.item()} at step {self.state.global_step}, on blocks {first} to {last} "
                 "of the run: lower the learning rate, or look at that text; the last checkpoint is kept"
             )
+        loss = losses.loss
+        if num_items_in_batch is None:  # as many in every micro-batch: Trainer divides by the accumulation steps
+            weight: Tensor | float = 1.0
+        else:
+            weight = self._share(inputs["labels"], num_items_in_batch)
+            loss = loss * weight
+            if model.training:
+                weight = weight * self.current_gradient_accumulation_steps
         if model.training:
-            self._add(loss=losses.loss.detach(), ce=losses.ce, kl=losses.kl)
-        return (losses.loss, {}) if return_outputs else losses.loss
+            self._add(loss=losses.loss.detach() * weight, ce=losses.ce * weight, kl=losses.kl * weight)
+        return (loss, {}) if return_outputs else loss
+
+    def _share(self, labels: Tensor, items: Tensor | int) -> Tensor:
+        """Return the part of a step's `items` that these labels have, times the processes whose gradients are averaged.
+
+        So a step's gradient is the mean over its tokens, however they are spread over micro-batches.
+        """
+        processes = self.args.world_size if self.args.average_tokens_across_devices else 1
+        count = (labels[:, 1:] != IGNORE_INDEX).sum()
+        return count * processes / torch.as_tensor(items, device=count.device).clamp(min=1)
 
     def _blocks(self, size: int) -> tuple[int, int]:
         """Count this process's micro-batches; return the run's first and last block in the present one."""
@@ -156,6 +177,7 @@ class CastTrainer(Trainer):
         return first, first + size - 1
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
+        _masked_adam(self.optimizer).mask_gradients()
         norm = super()._clip_grad_norm(model)
         if not math.isfinite(norm):  # else the weights, and the next checkpoint, would not be finite either
             raise InputError(
@@ -167,13 +189,16 @@ class CastTrainer(Trainer):
     def distillation(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> DistillationLoss:
         """Run student (through its wrapper, so that DDP and FSDP see it) and teacher on one micro-batch."""
         ids = inputs["input_ids"]
+        places = {name: inputs[name] for name in ("attention_mask", "position_ids") if name in inputs}
+        if "attention_mask" in inputs and "labels" not in inputs and not inputs["attention_mask"].all():
+            raise InputError("examples with an attention mask need labels, -100 where a token is not to be learned")
         # logits_to_keep=1: the model's own head sees one position only; the loss applies it in chunks
-        output = model(input_ids=ids, output_hidden_states=True, logits_to_keep=1, use_cache=False)
+        output = model(input_ids=ids, **places, output_hidden_states=True, logits_to_keep=1, use_cache=False)
         head = self.accelerator.unwrap_model(model).get_output_embeddings().weight
         teacher_hidden = teacher_head = None
         if self.teacher is not None:
             with torch.no_grad():
-                teacher_hidden = last_hidden_state(self.teacher, ids)
+                teacher_hidden = last_hidden_state(self.teacher, ids, **places)
             teacher_head = self.teacher.get_output_embeddings().weight
         top = None
         if "teacher_ids" in inputs:
@@ -231,14 +256,17 @@ class CastTrainer(Trainer):
             (checkpoint / _COMPLETE).touch()
 
 
-def last_hidden_state(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """Return the hidden states [batch, length, hidden] that lm_head is applied to."""
+def last_hidden_state(model: PreTrainedModel, ids: Tensor, **places: Tensor) -> Tensor:
+    """Return the hidden states [batch, length, hidden] that lm_head is applied to.
+
+    `places` may be attention_mask and position_ids.
+    """
     hidden: Tensor
     if isinstance(model, FSDPModule):  # gathers the parameters of what is called, so that must be all of the model
-        outputs = model(input_ids=ids, output_hidden_states=True, logits_to_keep=1, use_cache=False)
+        outputs = model(input_ids=ids, **places, output_hidden_states=True, logits_to_keep=1, use_cache=False)
         hidden = outputs.hidden_states[-1]
     else:
-        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        hidden = model.base_model(input_ids=ids, **places, use_cache=False).last_hidden_state
     return hidden
 
 
@@ -293,7 +321,7 @@ def uses_bf16(config: TrainConfig, device: torch.device) -> bool:
 def training_arguments(config: TrainConfig, directory: Path) -> TrainingArguments:
     """Translate the config for transformers.Trainer; checkpoints go to `directory`.
 
-    Runs on the accelerator if there is one; under torchrun or `accelerate launch`, on all of them.
+    Runs on the accelerator, or one of them, if there is any; under torchrun or `accelerate launch`, on all.
 
     Raises:
         InputError: a step's blocks cannot be shared evenly by the devices, or sharding was asked for without processes.
@@ -303,6 +331,8 @@ def training_arguments(config: TrainConfig, directory: Path) -> TrainingArgument
     micro, accumulation = config.split_step(args.world_size)
     sharding: dict[str, Any] = {}
     if config.fsdp or asked_for_fsdp():
+        if isinstance(config, FinetuneConfig) and config.lora_rank:
+            raise InputError("low-rank updates are not sharded: launch without FSDP")
         if args.parallel_mode != ParallelMode.DISTRIBUTED:
             raise InputError(
                 "sharding needs a process for each device: start with 'torchrun --nproc-per-node N' or 'accelerate "

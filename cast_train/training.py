@@ -5,15 +5,16 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from rich.console import Console
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import TrainingArguments
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from cast_train.budget import decay_budget
 from cast_train.config import CastConfig, TrainConfig
@@ -70,7 +71,7 @@ def train(
         overwrite: replace `out` if it exists, when the new one is complete.
         cache_dir: where tokenized text is cached.
         teacher_cache: directory of the teacher's `config.teacher_top_k` most likely tokens, filled by a first run;
-            later ones with the same text, seed, teacher and precision need no teacher.
+            later ones with the same text, seed, teacher and precision, and no more steps, need no teacher.
         kept_starts: directory of warm-started weights, which runs that start alike share.
 
     Raises:
@@ -101,6 +102,9 @@ def train(
         "source": source_id,
     }
     run = Run.find(out.with_name(out.name + ".run"), identity, resume=resume)
+    if not run.begun:  # what lies there is left of a run that nobody knows any more
+        for stray in run.directory.glob("checkpoint-*"):
+            shutil.rmtree(stray, ignore_errors=True)
     checkpoint = last_checkpoint(run.directory)
     args = training_arguments(config, run.directory)
     if checkpoint is not None:
@@ -109,7 +113,10 @@ def train(
     if teacher_cache is not None:
         examples = cached_blocks(teacher_cache, blocks, dense, config, args, identity)
     student = dense_model(dense, torch.float32)
-    teacher = dense_model(dense, torch.float32) if config.eta > 0 and teacher_cache is None else None
+    teacher = dense_model(dense, torch.float32) if config.runs_teacher else None
+    gpus = torch.accelerator.device_count()
+    if args.world_size == 1 and gpus > 1:
+        console.print(f"training on one of {gpus} GPUs: start with torchrun --nproc-per-node {gpus} to use them all")
     console.print(
         f"{config.total_steps} steps of {config.blocks_per_step} x {config.block_length} tokens from a text of "
         f"{len(tokens.tokens)} tokens"
@@ -130,17 +137,17 @@ def train(
     trainer.remove_callback(transformers.PrinterCallback)
 
     # Measure, and refuse what cannot succeed
-    if not run.facts:
+    if not run.begun:
         facts: dict[str, Any] = {}
-        if isinstance(config, CastConfig):
-            try:
+        try:
+            if isinstance(config, CastConfig):
                 facts = plan_decay(trainer, config, examples, console, force)
-            except InputError:
-                with contextlib.suppress(FileNotFoundError):
-                    run.directory.rmdir()  # Trainer has made it, still empty
-                raise
-        trainer.accelerator.wait_for_everyone()  # have looked for a run before this one is there
-        run.begin(**facts)
+            trainer.accelerator.wait_for_everyone()  # have looked for a run before this one is there
+            run.begin(**facts)
+        except InputError:
+            with contextlib.suppress(OSError):
+                run.directory.rmdir()  # Trainer has made it; where it is not empty, it stays
+            raise
     if isinstance(config, CastConfig):
         trainer.config = config.model_copy(update={"decay": run.facts["decay"]})
 
@@ -161,6 +168,8 @@ def train(
 
     # Save
     metrics = read_metrics(run.metrics)
+    if not metrics:
+        raise InputError(f"there are no metrics in {run.directory}: all machines of a run must see the same OUT")
     summary = {
         **identity,
         "source": str(source),
@@ -180,7 +189,7 @@ def train(
             shutil.copy(run.metrics, building)
             plot_metrics(metrics, building / "training.png", f"Training of {model_name(directory)} by {config.method}")
             (building / "training.json").write_text(json.dumps(summary, indent=1) + "\n")
-        shutil.rmtree(run.directory)
+        run.remove()
         console.print(f"saved {out}")
     return summary
 
@@ -246,11 +255,12 @@ def measure_momentum(trainer: CastTrainer, blocks: Examples) -> float:
     config, model = trainer.config, trainer.student
     micro = trainer.args.per_device_train_batch_size
     parts = range(0, config.blocks_per_step, micro)
-    for start in parts:
-        inputs = batch(blocks, range(start, start + micro), trainer.args.device)
-        with trainer.compute_loss_context_manager():
-            loss = trainer.distillation(model, inputs).loss / len(parts)
-        loss.backward()
+    with _recomputing(model):
+        for start in parts:
+            inputs = batch(blocks, range(start, start + micro), trainer.args.device)
+            with trainer.compute_loss_context_manager():
+                loss = trainer.distillation(model, inputs).loss / len(parts)
+            loss.backward()
     norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm))
     if not torch.isfinite(norm):
         raise InputError("the gradient of the starting model is not finite, so it cannot be trained")
@@ -265,6 +275,25 @@ def measure_momentum(trainer: CastTrainer, blocks: Examples) -> float:
     model.zero_grad(set_to_none=True)
     beta1 = config.betas[0]
     return math.sqrt(squares / count * (1 - beta1) / (1 + beta1))
+
+
+@contextlib.contextmanager
+def _recomputing(model: nn.Module) -> Iterator[None]:
+    """Let gradient checkpointing work on a model in eval mode, that is without dropout: it asks the blocks alone."""
+    layers = (module for module in model.modules() if isinstance(module, GradientCheckpointingLayer))
+    blocks = [layer for layer in layers if layer.gradient_checkpointing]
+    dropouts = [(block, block.__dict__["dropout"]) for block in blocks if "dropout" in block.__dict__]  # OPT's own
+    try:
+        for block in blocks:
+            block.training = True
+        for block, _ in dropouts:
+            block.__dict__["dropout"] = 0.0
+        yield
+    finally:
+        for block in blocks:
+            block.training = False
+        for block, dropout in dropouts:
+            block.__dict__["dropout"] = dropout
 
 
 @torch.no_grad()

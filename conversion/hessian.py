@@ -3,13 +3,23 @@
 import torch
 from torch import Tensor
 
+from conversion.errors import InputError
+
 DAMPING = 0.01
 
 
 def damped(gram: Tensor) -> Tensor:
-    """Return X^T X [K, K] with part of its mean diagonal added, and ones for inputs that never fire: it inverts."""
+    """Return X^T X [K, K] with part of its mean diagonal added, and ones for inputs that never fire: it inverts.
+
+    InputError if an input was not finite.
+    """
     hessian = gram.clone()
     diagonal = hessian.diagonal()
+    if not torch.isfinite(diagonal).all():
+        raise InputError(
+            "on the calibration text the model computes numbers that are not finite: its weights are damaged (NaN or "
+            "infinite), so copy it again from where it came from"
+        )
     diagonal[diagonal == 0] = 1
     diagonal += DAMPING * diagonal.mean()
     return hessian

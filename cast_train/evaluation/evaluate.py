@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
+from itertools import tee
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +60,10 @@ def evaluate(
         raise InputError("nothing to evaluate: give held-out text (--data), zero-shot tasks (--tasks), or both")
     if teacher is not None and data is None:
         raise InputError("agreement with a teacher is measured on text: give --data")
-    texts = None if data is None else list(read_documents([data]))
+    texts = None if data is None else read_documents([data])
     if texts is not None:
+        texts, again = tee(texts)  # what one model's tokens need is read, and kept for the next
+        next(again, None)  # no such text: said before models are loaded
         context = window_length([*models, *([] if teacher is None else [teacher])], context)
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     teacher_model = None if teacher is None else _load(teacher, device)
@@ -69,10 +72,12 @@ def evaluate(
         model, tokenizer = _load(directory, device)
         result: dict[str, Any] = {}
         if texts is not None and context is not None:
-            windows = heldout_windows(texts, tokenizer, context, tokens)
+            texts, again = tee(texts)
+            windows = heldout_windows(again, tokenizer, context, tokens)
             check_vocabulary(int(windows.max()), model.config.vocab_size, directory)
             if teacher_model is not None:
-                others = heldout_windows(texts, teacher_model[1], context, tokens)
+                texts, again = tee(texts)
+                others = heldout_windows(again, teacher_model[1], context, tokens)
                 if model.config.vocab_size != teacher_model[0].config.vocab_size or not torch.equal(windows, others):
                     raise InputError(f"{teacher} has other tokens than {directory}: give the dense model it came from")
             score = score_windows(model, windows, teacher_model and teacher_model[0], model_name(directory))

@@ -49,6 +49,13 @@ class FixedMaskAdam(MaskedAdam):
             if not all("mask" in self.state[p] for p in group["params"]):
                 self._refresh(group)
 
+    @torch.no_grad()
+    def mask_gradients(self) -> None:
+        self.start()
+        for group in self._sparse_groups():
+            for _, grads, _, _, masks in self._buckets(group, self._masked_tensors):
+                torch._foreach_mul_(grads, [mask.view(torch.uint8) for mask in masks])
+
     def health(self) -> dict[str, float]:
         """Return mean |masked|, 0, and mean |kept|; both 0 where only low-rank updates are trained."""
         if not any(True for _ in self._sparse_groups()):

@@ -21,7 +21,7 @@ from conversion.tokenizer import load_tokenizer
 def prune_directory(
     source: str | Path, data: Sequence[str], out: Path, method: str, config: TrainConfig, overwrite: bool = False
 ) -> None:
-    """Prune the model `source` with `method` and save it, float32, to the new directory `out`.
+    """Prune the model `source` with `method` and save it, in the dtype it has, to the new directory `out`.
 
     Of `config` only calibration_tokens, block_length and seed matter. InputError if anything given is wrong.
     """

@@ -22,11 +22,18 @@ def prune(model: PreTrainedModel, method: str, calibration: torch.Tensor | None 
         shrink: masked weights are multiplied by this; 0 cuts them and makes the model exactly 2:4.
 
     Raises:
-        InputError: unknown method, or calibration text missing.
+        InputError: unknown method, calibration text missing, or a weight that is not finite.
     """
     if method not in ONE_SHOT:
         raise InputError(f"unknown one-shot method '{method}': use one of {', '.join(ONE_SHOT)}")
-    linears: set[nn.Module] = {module for _, module in scope(model)}
+    linears: set[nn.Module] = set()
+    for name, module in scope(model):
+        if not torch.isfinite(module.weight).all():
+            raise InputError(
+                f"'{name}' has a weight that is not finite (NaN or infinite): the model is damaged, so copy it again "
+                "from where it came from"
+            )
+        linears.add(module)
     if method == "magnitude":
         for linear in linears:
             _write(linear, magnitude(linear_weight(linear), shrink))

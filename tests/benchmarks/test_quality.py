@@ -142,6 +142,7 @@ def test_a_cell_is_known_by_what_touches_its_result(files: dict[str, Path]) -> N
         (("table", "--tokens", "320", "--set", "cost.lr=1"), "--set cost.lr=1"),
         (("table", "--tokens", "320", "--methods", "gmp", "--set", "gmp.decay=1"), "no setting 'decay'"),
         (("sweep", "--tokens", "320", "--over", "lr"), "--over lr"),
+        (("sweep", "--tokens", "320", "--over", "tokens=64,128"), "--over tokens=64,128: .* the budget is --tokens"),
         (("sweep", "--tokens", "320", "--over", "lr=1", "--method", "wanda"), "--method 'wanda'"),
     ],
 )

@@ -1,11 +1,14 @@
 """The decay budget against AdamS itself, run on masked weights whose gradients are noise."""
 
 import re
+import time
 
 import pytest
 import torch
+from torch import Tensor
 
 from cast_train import AdamS, CastConfig, decay_budget, sparsify
+from cast_train import budget as budget_module
 from cast_train.adams import SecondMoment
 from cast_train.budget import masked_magnitudes
 from cast_train.schedule import Schedule, lr_factor
@@ -82,6 +85,42 @@ def test_refusal_names_a_learning_rate_and_a_step_count_that_would_do(momentum: 
         enough = decay_budget(model, settings.model_copy(update=change), momentum)
         assert enough.distance >= enough.masked_p99
         enough.check()
+
+
+def test_a_tiny_learning_rate_gets_its_step_count_at_once() -> None:
+    """One by one the steps would take hours to add up."""
+    settings = config(lr=1e-9, decay=1e-3, steps=30)
+    start = time.monotonic()
+    budget = decay_budget(make_model(CONFIGS["llama"], sparse=False), settings, 2e-5)
+    assert time.monotonic() - start < 60
+    assert budget.steps_needed is not None
+    assert budget.steps_needed == pytest.approx(2 * budget.masked_p99 / 1e-9, rel=0.5)  # the mean rate is about lr / 2
+
+
+def test_without_decay_the_refusal_names_no_learning_rate() -> None:
+    model = make_model(CONFIGS["llama"], sparse=False)
+    with pytest.raises(InputError, match=r"^a decay of 0 moves no masked weight, .* give a decay"):
+        decay_budget(model, config(decay=0.0), 2e-5).check()
+    with pytest.raises(InputError, match=r"use \d+ steps, start from"):  # decay is still zero in the first step
+        decay_budget(model, config(steps=1), 2e-5).check()
+
+
+def test_magnitudes_of_one_layer_at_a_time_are_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model(CONFIGS["llama"], sparse=False)
+    held = []
+
+    def counted(tensors: list[Tensor]) -> Tensor:
+        held.append(sum(tensor.untyped_storage().nbytes() for tensor in tensors))
+        return cat(tensors)
+
+    cat = torch.cat
+    monkeypatch.setattr(budget_module, "_SAMPLE", 1000)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "cat", counted)
+        budget = decay_budget(model, config(), 2e-5)
+    assert sum(held) <= 2 * 4 * 1000
+    everything = torch.cat(list(masked_magnitudes(model)))
+    assert budget.masked_p99 == pytest.approx(everything.quantile(0.99).item(), rel=0.1)
 
 
 def test_nothing_to_do_for_weights_that_are_cut_already() -> None:

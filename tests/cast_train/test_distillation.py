@@ -108,3 +108,15 @@ def test_never_holds_the_logits_of_all_tokens() -> None:
             hidden, head, torch.zeros(1, 257, dtype=torch.long), hidden.detach(), head, chunk_tokens=32
         ).loss.backward()
     assert largest <= 32 * 300
+
+
+def test_without_a_token_to_learn_the_loss_is_zero() -> None:
+    inputs = make()
+    hidden, head = inputs["hidden"].requires_grad_(), inputs["head"].requires_grad_()
+    losses = distillation_loss(**{**inputs, "labels": torch.full_like(inputs["labels"], -100)})
+    losses.loss.backward()
+    assert losses.loss == losses.ce == losses.kl == 0
+    assert hidden.grad is not None
+    assert head.grad is not None
+    assert not hidden.grad.any()
+    assert not head.grad.any()

@@ -1,17 +1,20 @@
 """`cast eval` says what transformers and lm-eval say."""
 
+import itertools
 import json
 import math
+import random
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from cast_train.evaluation import agreement, perplexity
+from cast_train.evaluation import agreement, perplexity, windows
 from cast_train.evaluation.evaluate import evaluate, print_results, write_results
 from cast_train.evaluation.perplexity import score_windows
 from cast_train.evaluation.windows import heldout_windows
@@ -61,6 +64,42 @@ def test_windows_are_cut_from_joined_documents(tokenizer: PreTrainedTokenizerFas
     with torch.no_grad():
         losses = [model(w[None], labels=w[None]).loss.double().item() for w in windows]
     assert score_windows(model, windows).perplexity == pytest.approx(math.exp(sum(losses) / 10), rel=1e-6)
+
+
+def test_of_endless_text_no_more_is_read_than_the_windows_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And its tokens are those of all the text, also where nothing ends a token but what is likely: BPE over blanks."""
+    backend = Tokenizer(models.BPE())
+    generator = random.Random(0)
+    words = ["".join(generator.choices("abc", k=generator.randint(1, 3))) for _ in range(40)]
+    texts = [" ".join(generator.choices(words, k=generator.randint(1, 300))) for _ in range(100)]
+    backend.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=300, show_progress=False))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    everything = tokenizer("\n\n".join(texts), add_special_tokens=False)["input_ids"]
+    monkeypatch.setattr(windows, "_MARGIN", 64)
+    monkeypatch.setattr(windows, "_CHARACTERS", 1)  # so that more is read when that was not enough
+    for tokens in (*range(140, 220, 2), 1000, len(everything) + 1):
+        read: list[int] = []
+        found = heldout_windows((read.append(i) or text for i, text in enumerate(texts)), tokenizer, 2, tokens)
+        assert found.flatten().tolist() == everything[: min(tokens, len(everything)) // 2 * 2]
+        assert len(read) == 100 if tokens > len(everything) else len(read) < 80
+    assert len(heldout_windows(itertools.repeat("abc"), tokenizer, 16, 160)) == 10
+
+
+def test_several_models_read_a_stream_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory, text = save_model(tmp_path / "model"), write_text(tmp_path / "text.txt", characters=400).read_text()
+    expected = evaluate([directory], tmp_path / "text.txt", 32, 320)["models"][str(directory)]
+
+    def endless(data: list[Path]) -> Iterator[str]:
+        read.append(data)
+        yield text
+        yield from itertools.repeat("more")
+
+    read: list[list[Path]] = []
+    monkeypatch.setattr("cast_train.evaluation.evaluate.read_documents", endless)
+    other = shutil.copytree(directory, tmp_path / "other")
+    results = evaluate([directory, other], Path("stream"), 32, 320, teacher=directory)["models"]
+    assert len(read) == 1
+    assert [result["perplexity"] for result in results.values()] == [expected["perplexity"]] * 2
 
 
 def test_windows_are_no_longer_than_any_models_context(tmp_path: Path) -> None:

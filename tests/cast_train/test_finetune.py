@@ -10,13 +10,15 @@ import typer
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn.utils import parametrize
+from transformers import Trainer
 from typer.testing import CliRunner
 
 from cast_train.cli import train
 from cast_train.finetune import finetune
 from cast_train.health import read_metrics
 from cast_train.methods.finetune import FinetuneConfig, FixedMaskAdam, MaskedLowRank
-from cast_train.trainer import CastTrainer
+from cast_train.sparse_model import scope
+from cast_train.trainer import CastTrainer, training_arguments
 from conversion.errors import InputError
 from conversion.families import family_of, in_scope
 from tests.cast_train.tiny import BUDGET, save_model, tokenizer, write_text
@@ -90,6 +92,20 @@ def test_masked_gradients_do_not_reach_the_moments() -> None:
     assert (optimizer.state[weight]["exp_avg_sq"][0, 1::2] == 0).all()
 
 
+def test_gradients_are_clipped_by_what_is_used_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def recorded(self: Trainer, model: Any) -> Any:
+        of_zeros.extend(module.weight.grad[module.weight == 0] for _, module in scope(model))
+        return clip(self, model)
+
+    of_zeros: list[torch.Tensor] = []
+    clip = Trainer._clip_grad_norm
+    monkeypatch.setattr(Trainer, "_clip_grad_norm", recorded)
+    sparse_model(tmp_path / "sparse")
+    run(tmp_path, "out", config(steps=1))
+    assert len(torch.cat(of_zeros)) > 0
+    assert not torch.cat(of_zeros).any()
+
+
 @pytest.mark.parametrize("lora_rank", [0, 4])
 def test_a_resumed_run_ends_where_an_uninterrupted_one_does(
     lora_rank: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -121,12 +137,17 @@ def test_what_is_not_sparse_is_refused_by_name(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_settings_that_make_no_sense_are_refused() -> None:
+def test_settings_that_make_no_sense_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match="leave the warm start out"):
         config(warm_start="magnitude")
     with pytest.raises(InputError, match="low-rank updates are not sharded"):
         config(lora_rank=2, fsdp=True)
     assert FinetuneConfig.preset("quick").eta == 0
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")  # as by accelerate launch
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "false")
+    with pytest.raises(InputError, match="low-rank updates are not sharded"):
+        training_arguments(config(lora_rank=2), tmp_path)
 
 
 def test_the_command_finetunes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

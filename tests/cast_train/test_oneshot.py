@@ -118,3 +118,18 @@ def test_what_is_missing_is_named() -> None:
         prune(tiny(LLAMA), "wanda")
     with pytest.raises(InputError, match="magnitude, wanda, sparsegpt"):
         prune(tiny(LLAMA), "obd")
+
+
+@pytest.mark.parametrize("method", ["magnitude", "sparsegpt"])
+def test_a_damaged_weight_is_named(method: str) -> None:
+    model, calibration = tiny(LLAMA), torch.randint(0, 64, (10, 16))
+    model.model.layers[1].mlp.down_proj.weight.data[2, 3] = float("nan")
+    with pytest.raises(InputError, match=r"'model\.layers\.1\.mlp\.down_proj' has a weight that is not finite"):
+        prune(model, method, calibration)
+
+
+def test_inputs_that_are_not_finite_are_said() -> None:
+    model = tiny(LLAMA)
+    model.model.embed_tokens.weight.data[:, 0] = float("inf")
+    with pytest.raises(InputError, match="on the calibration text the model computes numbers that are not finite"):
+        prune(model, "sparsegpt", torch.randint(0, 64, (10, 16)))

@@ -13,13 +13,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from cast_train.config import CONFIGS, TrainConfig
 from cast_train.devices import ACCELERATORS, peak_flops
-from cast_train.distillation import distillation_loss
+from cast_train.distillation import TeacherTop, distillation_loss
 from cast_train.flops import token_flops
+from cast_train.methods.finetune import FinetuneConfig
 from cast_train.plan import bytes_kept_by_forward, loss_memory, make_plan, print_plan
 from cast_train.sparse_model import sparsify
 from cast_train.trainer import CastTrainer, training_arguments
 from conversion.errors import InputError
-from tests.cast_train.tiny import config
+from tests.cast_train.tiny import BUDGET, config
 from tests.conversion.models import CONFIGS as FAMILIES
 
 
@@ -107,7 +108,16 @@ def _expired(weak: int) -> bool:
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"eta": 0.0}, {"train_embeddings": False}, {"precision": "bf16"}, {"temperature": 2.0}]
+    "changes",
+    [
+        {},
+        {"eta": 0.0},
+        {"train_embeddings": False},
+        {"precision": "bf16"},
+        {"temperature": 2.0},
+        {"teacher_top_k": 8},
+        {"teacher_top_k": 8, "train_embeddings": False},
+    ],
 )
 def test_the_loss_is_within_fifteen_percent(changes: dict[str, Any]) -> None:
     model_config = FAMILIES["llama"].__class__(
@@ -118,16 +128,46 @@ def test_the_loss_is_within_fifteen_percent(changes: dict[str, Any]) -> None:
     bf16 = chosen.precision == "bf16"
     hidden = torch.randn(2, 64, 64).requires_grad_()
     head = student.get_output_embeddings().weight
-    teacher = (torch.randn(2, 64, 64), torch.randn(4000, 64)) if chosen.eta > 0 else ()
+    teacher = (torch.randn(2, 64, 64), torch.randn(4000, 64)) if chosen.runs_teacher else ()
+    top = None
+    if chosen.teacher_top_k is not None:
+        ids = torch.arange(8).expand(2, 63, 8)
+        top = TeacherTop(ids, torch.full(ids.shape, -3.0), torch.full((2, 63), -1.0))
     if bf16:
         teacher = tuple(tensor.bfloat16() for tensor in teacher)
     labels = torch.randint(4000, (2, 64))
     with PeakMemory(hidden, head, *teacher) as memory, torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         distillation_loss(
-            hidden, head, labels, *teacher, eta=chosen.eta, temperature=chosen.temperature, chunk_tokens=126
+            hidden,
+            head,
+            labels,
+            *teacher,
+            eta=chosen.eta,
+            temperature=chosen.temperature,
+            teacher_top=top,
+            chunk_tokens=126,
         )
     planned = loss_memory(student, chosen, blocks=2, bf16=bf16)
     assert planned == pytest.approx(memory.peak, rel=0.15)
+
+
+def test_a_teacher_on_disk_takes_neither_memory_nor_time(tmp_path: Path) -> None:
+    directory = write_config(tmp_path / "model")
+    live, cached, alone = (
+        make_plan(directory, settings(**changes), gpus=2, gpu="h100", mfu=0.4)
+        for changes in ({"fsdp": True}, {"fsdp": True, "teacher_top_k": 8}, {"fsdp": True, "eta": 0.0})
+    )
+    assert "teacher" not in cached.memory
+    assert cached.memory["communication"] == alone.memory["communication"] < live.memory["communication"]
+    assert (cached.flops_per_token, cached.host_memory) == (alone.flops_per_token, alone.host_memory)
+
+
+def test_the_masks_of_low_rank_updates_are_float32(tmp_path: Path) -> None:
+    chosen = FinetuneConfig(**{**BUDGET, "lora_rank": 2})
+    planned = make_plan(write_config(tmp_path / "model"), chosen, gpu="h100", mfu=0.4)
+    student = sparsify(AutoModelForCausalLM.from_config(FAMILIES["llama"]), chosen)
+    masks = [buffer for name, buffer in student.named_buffers() if name.endswith(".mask")]
+    assert planned.memory["masks"] == sum(mask.nbytes for mask in masks)
 
 
 def test_sharding_divides_and_says_what_does_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -87,3 +87,19 @@ def test_training_needs_no_text(tmp_path: Path) -> None:
     summary = train(directory, ["self"], tmp_path / "out", settings, cache_dir=tmp_path / "cache", force=True)
     assert summary["data"] == ["self"]
     assert summary["text_tokens"] >= 3 * 64
+
+
+def test_a_tokenizer_that_cannot_be_used_is_refused_before_sampling(
+    model: tuple[Checkpoint, PreTrainedTokenizerBase], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(self_data, "_sample", lambda *args, **kwargs: pytest.fail("sampled"))
+    checkpoint, tokenizer = model
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})  # has no embedding, and needs none
+    with pytest.raises(pytest.fail.Exception, match="sampled"):
+        sample_text(checkpoint, tokenizer, 16, 16, tmp_path / "cache")
+    tokenizer.add_tokens(["the"])
+    with pytest.raises(InputError, match="it makes token 98, and the model knows 97"):
+        sample_text(checkpoint, tokenizer, 16, 16, tmp_path / "cache")
+    tokenizer.eos_token = None
+    with pytest.raises(InputError, match="no EOS token"):
+        sample_text(checkpoint, tokenizer, 16, 16, tmp_path / "cache")

@@ -1,5 +1,6 @@
 """The teacher's top k on disk: the loss against float64 references, and runs that need no teacher."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -140,13 +141,54 @@ def test_another_runs_cache_is_refused_and_the_difference_named(tmp_path: Path) 
 
 
 def test_a_full_disk_is_said_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*arguments: Any) -> None:
-        raise OSError(28, "No space left on device")
+    """Also by the second file, and a retry that keeps fewer tokens finds the directory empty."""
+    made: list[int] = []
+
+    def full(file: int, start: int, size: int) -> None:
+        made.append(size)
+        if len(made) == 2:
+            raise OSError(28, "No space left on device")
+        os.ftruncate(file, size)
 
     monkeypatch.setattr("os.posix_fallocate", full)
     with pytest.raises(InputError, match="No space left on device"):
         TeacherCache.open(tmp_path / "cache", {}, 6, 7, 5, VOCABULARY)
     assert list((tmp_path / "cache").iterdir()) == []
+    TeacherCache.open(tmp_path / "cache", {}, 6, 7, 3, VOCABULARY)
+
+
+def test_what_a_kill_leaves_is_taken_up_by_a_retry(tmp_path: Path) -> None:
+    """Between two of its files, as SIGKILL runs no handler."""
+    TeacherCache.open(tmp_path / "cache", {}, 6, 7, 5, VOCABULARY)
+    for name in ("tail.bin", "done.bin"):
+        (tmp_path / "cache" / name).unlink()
+    assert not TeacherCache.open(tmp_path / "cache", {}, 6, 7, 5, VOCABULARY).done.any()
+
+
+def test_meta_is_the_first_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def first(path: Path, *arguments: Any) -> Any:
+        assert (path.parent / "meta.json").is_file()
+        return original(path, *arguments)
+
+    original = cast_train.teacher_cache._map
+    monkeypatch.setattr(cast_train.teacher_cache, "_map", first)
+    TeacherCache.open(tmp_path / "cache", {}, 6, 7, 5, VOCABULARY)
+
+
+def test_a_shorter_run_takes_the_first_rows(tmp_path: Path) -> None:
+    teacher = make_model(CONFIGS["llama"], sparse=False).eval()
+    long = TeacherCache.open(tmp_path / "cache", {"data": "a"}, 6, 7, 5, VOCABULARY)
+    fill(long, blocks(6), teacher, batch=2, bf16=False, progress=False)
+    text = blocks(4)
+    short = TeacherCache.open(tmp_path / "cache", {"data": "a"}, text.rows, 7, 5, VOCABULARY)
+    assert short.done.tolist() == [1] * 4
+    for index in range(4):
+        assert torch.equal(text[index]["input_ids"], blocks(6)[index]["input_ids"])
+        for name, tensor in long.row(index).items():
+            assert torch.equal(short.row(index)[name], tensor)
+    with pytest.raises(InputError, match="rows was 6, is 8"):
+        TeacherCache.open(tmp_path / "cache", {"data": "a"}, 8, 7, 5, VOCABULARY)
+    assert (tmp_path / "cache" / "done.bin").stat().st_size == 6
 
 
 def test_a_second_run_needs_no_teacher_and_trains_as_with_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

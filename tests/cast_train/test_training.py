@@ -4,6 +4,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,12 +23,15 @@ from cast_train import dataset, training
 from cast_train.config import AstConfig, CastConfig, TrainConfig
 from cast_train.dataset import TokenBlocks, load_tokens
 from cast_train.evaluation.evaluate import evaluate
-from cast_train.health import read_metrics
+from cast_train.health import Health, read_metrics
+from cast_train.run import Run
+from cast_train.sparse_model import sparsify
 from cast_train.trainer import CastTrainer, last_checkpoint, training_arguments
 from cast_train.training import train
 from conversion.errors import InputError, Interrupted
 from conversion.families import family_of, in_scope
 from tests.cast_train.tiny import BUDGET, config, save_model, write_text
+from tests.conversion.models import CONFIGS, make_model
 
 
 class Setting:
@@ -96,6 +100,53 @@ def test_accumulated_micro_batches_are_one_batch(llama: Setting) -> None:
     whole = llama.train("whole", config(micro_batch_tokens=64, steps=5, save_steps=100))
     split = llama.train("split", config(micro_batch_tokens=16, steps=5, save_steps=100))
     assert split["after_cut"]["loss"] == pytest.approx(whole["after_cut"]["loss"], rel=1e-4)
+    norms = [
+        [line["grad_norm"] for line in read_metrics(llama.root / out / "metrics.jsonl")] for out in ("whole", "split")
+    ]
+    assert norms[1] == pytest.approx(norms[0], rel=1e-3)  # Adam's steps would hide a factor
+
+
+def trainer_of(examples: list[dict[str, torch.Tensor]], directory: Path, **changes: Any) -> CastTrainer:
+    """For somebody's own loop over `examples`, with a teacher that is another model."""
+    settings = config(warm_start="none", shrink=0.0, save_steps=100, **changes)
+    student, teacher = (make_model(CONFIGS["llama"], sparse=sparse) for sparse in (False, True))
+    args = training_arguments(settings, directory)
+    return CastTrainer(sparsify(student, settings), settings, teacher, args=args, train_dataset=examples)
+
+
+def test_tokens_with_a_label_count_alike_however_they_are_spread(tmp_path: Path) -> None:
+    examples = []
+    for row in range(8):
+        ids = torch.randint(3, 97, (16,), generator=torch.Generator().manual_seed(row))
+        labels = ids.clone()
+        labels[: [0, 4, 14, 16, 1, 15, 3, 8][row]] = -100  # of the fourth none is left
+        examples.append({"input_ids": ids, "labels": labels})
+    found = []
+    for micro_batch_tokens in (64, 32, 16):
+        trainer = trainer_of(examples, tmp_path / "run", steps=2, micro_batch_tokens=micro_batch_tokens)
+        trainer.train()
+        found.append(
+            [line[name] for line in trainer.state.log_history[:2] for name in ("loss", "ce", "kl", "grad_norm")]
+        )
+    assert found[1] == pytest.approx(found[0], rel=1e-4)
+    assert found[2] == pytest.approx(found[0], rel=1e-4)
+
+
+def test_padding_is_seen_by_neither_model(tmp_path: Path) -> None:
+    trainer = trainer_of([], tmp_path / "run")
+    ids = torch.randint(3, 97, (2, 12), generator=torch.Generator().manual_seed(0))
+    plain = trainer.distillation(trainer.model, {"input_ids": ids})
+    pad = torch.full((2, 4), 1)
+    padded = {
+        "input_ids": torch.cat([pad, ids], dim=1),
+        "attention_mask": torch.cat([pad * 0, torch.ones_like(ids)], dim=1),
+        "position_ids": torch.cat([pad, torch.arange(12).expand(2, 12)], dim=1),
+    }
+    with pytest.raises(InputError, match="need labels, -100 where"):
+        trainer.distillation(trainer.model, padded)
+    labels = torch.cat([pad * 0 - 100, ids[:, :1] * 0 - 100, ids[:, 1:]], dim=1)
+    losses = trainer.distillation(trainer.model, padded | {"labels": labels})
+    assert (losses.ce.item(), losses.kl.item()) == pytest.approx((plain.ce.item(), plain.kl.item()), rel=1e-4)
 
 
 def test_gradient_checkpointing_changes_no_weight(llama: Setting) -> None:
@@ -104,6 +155,35 @@ def test_gradient_checkpointing_changes_no_weight(llama: Setting) -> None:
     kept, again = (load_file(llama.root / out / "model.safetensors") for out in ("kept", "again"))
     for name, tensor in kept.items():
         torch.testing.assert_close(again[name], tensor, rtol=0, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])  # OPT's blocks have dropout of their own
+def test_gradient_checkpointing_keeps_less_also_while_the_momentum_is_measured(
+    tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def kept(out: str, checkpointing: bool) -> tuple[int, int, float]:
+        """Bytes that the forward passes keep before and in training, and the momentum."""
+        sizes = {False: 0, True: 0}
+
+        def counted(self: CastTrainer, *args: Any) -> Any:
+            def keep(tensor: torch.Tensor) -> torch.Tensor:
+                sizes[bool(self.state.max_steps)] += tensor.nbytes
+                return tensor
+
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                return distillation(self, *args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(CastTrainer, "distillation", counted)
+            settings = config(steps=1, eta=0.0, shrink=0.0, gradient_checkpointing=checkpointing)
+            momentum = setting.train(out, settings, force=True)["momentum"]
+        return sizes[False], sizes[True], momentum
+
+    setting, distillation = Setting(tmp_path, family), CastTrainer.distillation
+    plain, saving = kept("plain", False), kept("saving", True)
+    assert 0 < saving[0] < plain[0] / 2
+    assert 0 < saving[1] < plain[1] / 2
+    assert saving[2] == pytest.approx(plain[2], rel=1e-5)
 
 
 @pytest.mark.parametrize("method", ["cast", "ast"])
@@ -224,7 +304,8 @@ def test_killed_twice_and_resumed_is_bit_identical(gpt2: Setting, uninterrupted:
 def test_sigterm_stops_with_a_checkpoint_of_that_step(gpt2: Setting, uninterrupted: Path) -> None:
     def terminate(self: CastTrainer, *args: Any, **kwargs: Any) -> Any:
         if self.state.global_step == 9 and not sent:
-            sent.append(signal.SIGTERM)  # once, in the first of the step's micro-batches
+            sent.append(signal.SIGTERM)  # in the first of the step's micro-batches, from the system and from torchrun
+            os.kill(os.getpid(), signal.SIGTERM)
             os.kill(os.getpid(), signal.SIGTERM)
         return training_step(self, *args, **kwargs)
 
@@ -322,6 +403,36 @@ def test_a_run_killed_before_its_first_checkpoint_begins_again(llama: Setting, m
     assert resumed["after_cut"] == whole["after_cut"]
 
 
+def test_checkpoints_of_no_known_run_are_not_continued(llama: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when a run was killed in the middle of removing its directory, of which run.json was the first to go."""
+    interrupt(llama, "out", config(), 8, monkeypatch)
+    (llama.root / "out.run" / "run.json").unlink()
+    other = llama.train("out", config(seed=4))
+    assert other["after_cut"] == llama.train("new", config(seed=4))["after_cut"]
+
+
+def test_a_run_is_gone_by_its_name_before_its_files_are(llama: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(path: Path, **options: Any) -> None:
+        if ".out.run." in str(path):
+            raise Stop
+        rmtree(path, **options)
+
+    rmtree = shutil.rmtree
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", killed)
+        with pytest.raises(Stop):
+            llama.train("out", config(steps=2, shrink=0.0))
+    assert not (llama.root / "out.run").exists()
+    assert_exactly_2of4(llama.root / "out")
+    llama.train("out", config(steps=2, shrink=0.0), overwrite=True)
+
+
+def test_metrics_that_another_machine_keeps_are_said(llama: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "read_metrics", lambda path: [])
+    with pytest.raises(InputError, match="all machines of a run must see the same OUT"):
+        llama.train("out", config(steps=2, shrink=0.0))
+
+
 def test_a_hopeless_schedule_is_refused_before_anything_is_written(llama: Setting) -> None:
     with pytest.raises(InputError, match=r"use learning rate \S+ or \d+ steps"):
         llama.train("out", config(warm_start="none", lr=1e-5, steps=3))
@@ -414,6 +525,33 @@ def test_a_full_disk_keeps_the_checkpoint_before(llama: Setting, monkeypatch: py
     assert_exactly_2of4(llama.root / "out")
 
 
+@pytest.mark.parametrize(
+    ("owner", "function", "file"),
+    [(Run, "begin", "run.json"), (Health, "on_train_begin", "metrics.jsonl"), (Health, "on_log", "metrics.jsonl")],
+)
+def test_a_disk_full_of_the_runs_own_files_is_said(
+    llama: Setting, monkeypatch: pytest.MonkeyPatch, owner: type, function: str, file: str
+) -> None:
+    if function == "on_train_begin":  # writes the lines again that a resumed run keeps
+        interrupt(llama, "out", config(), 8, monkeypatch)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    original = getattr(owner, function)
+
+    def full(*args: Any, **options: Any) -> Any:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1, before[1]))
+        try:
+            return original(*args, **options)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, function, full)
+        with pytest.raises(InputError, match=rf"out.run/{file} could not be written \(.+\): make room on the disk"):
+            llama.train("out", config(), resume=True)
+    assert function != "begin" or not (llama.root / "out.run").exists()
+    llama.train("out", config(), resume=True)
+
+
 @pytest.mark.parametrize("name", ["tokens", "model"])
 def test_a_disk_full_of_tokens_or_of_the_result_is_said(
     llama: Setting, monkeypatch: pytest.MonkeyPatch, name: str
@@ -453,7 +591,7 @@ def test_a_tokenizer_of_another_model_is_refused(llama: Setting) -> None:
     other.add_tokens(["the"])
     other.save_pretrained(llama.source)
     llama.text.write_text("the " * 200)
-    message = r"tokenizer of .*dense does not match its model: the text has token 97, and the model knows 97"
+    message = r"tokenizer of .*dense does not match its model: it makes token 97, and the model knows 97"
     with pytest.raises(InputError, match=message):
         llama.train("out", config())
     assert not (llama.root / "out.run").exists()
@@ -465,6 +603,30 @@ def test_processes_that_cannot_share_a_step_are_refused(tmp_path: Path, monkeypa
     monkeypatch.setattr(TrainingArguments, "world_size", 3)
     with pytest.raises(InputError, match="4 blocks a step cannot be shared by 3 devices"):
         training_arguments(config(), tmp_path)
+
+
+def test_of_several_gpus_without_torchrun_one_is_used(
+    llama: Setting, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Trainer alone would spread the model over all, with a batch as many times as large."""
+
+    def with_gpus(*arguments: Any) -> TrainingArguments:
+        args = training_arguments(*arguments)
+        args._n_gpu = 4
+        return args
+
+    def recorded(self: CastTrainer, model: Any, inputs: Any) -> Any:
+        seen.append(tuple(inputs["input_ids"].shape))
+        return distillation(self, model, inputs)
+
+    seen: list[tuple[int, ...]] = []
+    distillation = CastTrainer.distillation
+    monkeypatch.setattr(CastTrainer, "distillation", recorded)
+    monkeypatch.setattr(training, "training_arguments", with_gpus)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 4)
+    llama.train("out", config(steps=1), force=True)
+    assert set(seen) == {(2, 16), (1, 16)}  # the latter in the report
+    assert "training on one of 4 GPUs: start with torchrun --nproc-per-node 4" in capsys.readouterr().out
 
 
 def test_refuses_an_existing_directory_unless_told_to_replace_it(llama: Setting) -> None:
@@ -483,6 +645,8 @@ def test_refuses_an_existing_directory_unless_told_to_replace_it(llama: Setting)
         ({"learning_rate": 1.0}, "learning_rate"),
         ({"decay": -1.0}, "decay"),
         ({"decay": "automatic"}, "decay"),
+        ({"decay": "nan"}, "decay"),
+        ({"lr": float("inf")}, "lr"),
         ({"batch_tokens": 100, "block_length": 64}, "multiple"),
         ({"tokens": 1000, "steps": 3}, "not both"),
         ({"tokens": 10, "steps": None}, "less than one step"),
@@ -514,14 +678,17 @@ def test_command_line(llama: Setting, monkeypatch: pytest.MonkeyPatch, capsys: p
     out = llama.root / "out"
     arguments = ["train", str(llama.source), "--data", str(llama.text), "--out", str(out), "--preset", "quick"]
     arguments += ["--steps", "3", "--batch-tokens", "64", "--block-length", "16", "--warm-start", "magnitude"]
-    cast(monkeypatch, *arguments, "--force")
+    cast(monkeypatch, *arguments, "--force", "--set", "micro_batch_tokens=32", "--set", "betas=[0.8,0.9]")
+    summary = json.loads((out / "training.json").read_text())
+    assert (summary["config"]["micro_batch_tokens"], summary["config"]["betas"]) == (32, [0.8, 0.9])
     printed = capsys.readouterr().out
     assert "decay can move a weight by" in printed
     assert "step 3/3" in printed
     assert "left" in printed
     assert "after" in printed
     assert_exactly_2of4(out)
-    for bad in (["--lr", "0"], ["--preset", "slow"], ["--decay", "much"]):
+    bad_sets = (["--set", "micro_batch_tokens"], ["--set", "micro_batch_token=32"], ["--set", "name=x"])
+    for bad in (["--lr", "0"], ["--preset", "slow"], ["--decay", "much"], *bad_sets):
         with pytest.raises(RuntimeError, match="2"):
             cast(monkeypatch, *arguments, *bad)
         assert capsys.readouterr().err.startswith("error: ")
