@@ -1,6 +1,7 @@
 """Walk a model's transformer blocks: each linear's inputs on calibration text, behind the blocks already changed."""
 
-from collections.abc import Callable, Collection, Iterator
+import contextlib
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,8 +15,8 @@ SEQUENCES_PER_FORWARD = 8
 BlockInputs = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-class _FirstBlockReached(Exception):
-    """Carries the first block's inputs out of the model's forward."""
+class _Reached(Exception):
+    """Ends the model's forward where all that was wanted of it has been seen."""
 
 
 def input_grams(
@@ -47,10 +48,13 @@ def input_sums(
     training = model.training
     model.eval()
     blocks = transformer_blocks(model)
-    inputs = [_first_block_inputs(model, blocks[0], batch) for batch in calibration.split(SEQUENCES_PER_FORWARD)]
-    for block in track(blocks, description):
+    kinds = getattr(model.config, "layer_types", None) or ["every"] * len(blocks)
+    given = [_inputs(model, blocks, kinds, batch) for batch in calibration.split(SEQUENCES_PER_FORWARD)]
+    hidden = [of_kind[kinds[0]][0][0] for of_kind in given]
+    for block, kind in track(list(zip(blocks, kinds, strict=True)), description):
+        inputs = [((x, *of_kind[kind][0][1:]), of_kind[kind][1]) for x, of_kind in zip(hidden, given, strict=True)]
         yield _block_sums(block, [module for module in block.modules() if module in linears], inputs, of)
-        inputs = [((_forward(block, args, kwargs), *args[1:]), kwargs) for args, kwargs in inputs]
+        hidden = [_forward(block, args, kwargs) for args, kwargs in inputs]
     model.train(training)
 
 
@@ -60,18 +64,23 @@ def transformer_blocks(model: PreTrainedModel) -> list[nn.Module]:
     return list(next(m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count))
 
 
-def _first_block_inputs(model: PreTrainedModel, first: nn.Module, batch: Tensor) -> BlockInputs:
-    def catch(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        raise _FirstBlockReached(args, kwargs)
+def _inputs(
+    model: PreTrainedModel, blocks: list[nn.Module], kinds: Sequence[str], batch: Tensor
+) -> dict[str, BlockInputs]:
+    """What the first block of each kind is called with: those with a sliding window get a mask of their own."""
+    found: dict[str, BlockInputs] = {}
 
-    handle = first.register_forward_pre_hook(catch, with_kwargs=True)
-    try:
+    def catch(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found.setdefault(kinds[blocks.index(block)], (args, kwargs))
+        if len(found) == len(set(kinds)):
+            raise _Reached
+
+    handles = [block.register_forward_pre_hook(catch, with_kwargs=True) for block in blocks]
+    with contextlib.suppress(_Reached):
         model(batch, use_cache=False)
-    except _FirstBlockReached as reached:
-        return reached.args[0], reached.args[1]
-    finally:
+    for handle in handles:
         handle.remove()
-    raise AssertionError("the model's forward never reached its first block")
+    return found
 
 
 def _block_sums(

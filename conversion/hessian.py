@@ -9,9 +9,9 @@ DAMPING = 0.01
 
 
 def damped(gram: Tensor) -> Tensor:
-    """Return X^T X [K, K] with part of its mean diagonal added, and ones for inputs that never fire: it inverts.
+    """Return X^T X [K, K] with part of the mean of its diagonal added: it inverts.
 
-    InputError if an input was not finite.
+    The mean is that of inputs that fire; others count next to nothing. InputError if an input was not finite.
     """
     hessian = gram.clone()
     diagonal = hessian.diagonal()
@@ -20,8 +20,8 @@ def damped(gram: Tensor) -> Tensor:
             "on the calibration text the model computes numbers that are not finite: its weights are damaged (NaN or "
             "infinite), so copy it again from where it came from"
         )
-    diagonal[diagonal == 0] = 1
-    diagonal += DAMPING * diagonal.mean()
+    mean = diagonal.sum() / (diagonal > 0).sum().clamp(min=1)
+    diagonal += torch.where(mean > 0, DAMPING * mean, 1)
     return hessian
 
 

@@ -30,7 +30,7 @@ from cast_serve.kernels import library
 from cast_serve.kernels.cuda import linear as cuda_linear
 from cast_serve.kernels.cuda import torch_ops as cuda_ops
 from conversion.errors import InputError
-from conversion.quantization.formats import GROUP_SIZES
+from conversion.quantization.formats import GROUP_SIZES, INT8, check_values
 from conversion.quantized_panel import ROW_SCALE_GROUP
 
 PANEL_ROWS = 16
@@ -89,12 +89,14 @@ def prepack_quantized(
             `cuda.dense_quantized.pack`, with group size 0 for one scale a row.
 
     Raises:
-        InputError: wrong shapes or dtypes, or a group that does not keep exactly two (named by row and group).
+        InputError: wrong shapes or dtypes, -128, or a group that does not keep exactly two (named by row and group).
     """
     if values.is_cuda:
         return cuda_ops.prepack_quantized(values, bitmask, scale, group_size)
     if values.dtype not in (torch.int8, torch.uint8) or values.dim() != 2:
         raise InputError(f"prepack: quantized values must be int8 or uint8 matrices, not {values.dtype}")
+    if values.dtype == torch.int8:
+        check_values(values, INT8)
     bits = 8 if values.dtype == torch.int8 else 4
     rows, columns = values.shape[0], values.shape[1] * 8 // bits * (1 if bitmask is None else 2)
     if columns % 8 or not values.numel():

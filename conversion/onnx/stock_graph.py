@@ -46,7 +46,8 @@ class TransformersDecoder(builders.base.Model):
         return norm
 
     def make_rope_init(self, config: Any) -> None:
-        """Nothing to parse: the tables come from the transformers model, whatever its rope type."""
+        """Nothing to parse: the tables come from the transformers model, whatever its rope type, for whole heads."""
+        self.rope_attrs["partial_rotary_factor"] = 1.0
 
     def make_rotary_embedding_caches_from_scratch(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines [context, head_dim], as the transformers model computes them."""

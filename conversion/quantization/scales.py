@@ -35,4 +35,4 @@ def fit_scales(weight: Tensor, quantization: Quantization, importance: Tensor | 
         better = error < least
         least = error.where(better, least)
         best = scale.where(better, best)
-    return torch.where(extreme != 0, best, 1)[..., 0]
+    return torch.where(best != 0, best, 1)[..., 0]  # also where a scale is too small for the dtype

@@ -429,6 +429,19 @@ def test_a_bf16_cache_keeps_what_is_not_a_number(isa: str) -> None:
     assert np.isfinite(rows[0, 0, 2:]).all()
 
 
+@pytest.mark.parametrize("window", [-1, 600])
+def test_a_key_or_query_that_is_not_a_number_spoils_what_sees_it(isa: str, window: int) -> None:
+    n = 1300
+    attention = Attention(rotary_dim=0, window=window)
+    q, k, v = attention.random(n, 0)
+    k[3, :, 0] = np.nan
+    q[1, 0, 0] = np.nan
+    expected = attention.naive(q, k, v)
+    assert np.isnan(expected[[1, 3, 600]]).any(axis=(1, 2)).all()
+    rows = attention.step({0: (q, k, v)})[0]
+    np.testing.assert_allclose(rows, expected, rtol=0, atol=2e-5, equal_nan=True)
+
+
 @pytest.mark.parametrize(
     "shape", [{}, {"window": 600}, {"cache": bfloat16, "rotary_dim": 0}], ids=["all", "window", "bf16 cache"]
 )

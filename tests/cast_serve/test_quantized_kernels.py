@@ -145,6 +145,7 @@ def damaged(change: Callable[[dict[str, Tensor]], None]) -> dict[str, Tensor]:
     [
         (lambda t: t.update(values=t["values"].float()), "int8 or uint8"),
         (lambda t: t.update(values=t["values"][:, :30]), "multiple of 8"),
+        (lambda t: t["values"].__setitem__((4, 7), -128), "-128, which is no code"),
         (lambda t: t.update(bitmask=t["bitmask"][:, :4]), r"bitmask must be uint8 \[33, 8\]"),
         (lambda t: t.update(scale=t["scale"][:, :1]), r"scale must be float32 \[33, 2\]"),
         (lambda t: t["bitmask"].__setitem__((32, 5), 0x37), "row 32, group 10"),

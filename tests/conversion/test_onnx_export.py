@@ -1,5 +1,6 @@
 """Exported graphs against transformers, on ragged batches over two steps."""
 
+import copy
 import json
 import shutil
 
@@ -143,6 +144,15 @@ def test_logits_equal_transformers(name, sparse, runner, tmp_path):
     assert "GroupQueryAttention" not in ops
     assert "attention_mask" not in manifest["inputs"]
     assert ("position_ids" in manifest["inputs"]) == (name in ("gpt2", "opt"))
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3"])
+def test_whole_heads_are_rotated_as_by_transformers_whatever_the_config_says(name, tmp_path):
+    config = copy.deepcopy(CONFIGS[name])
+    config.rope_parameters = {**config.rope_parameters, "partial_rotary_factor": 0.5}
+    model = make_model(config, sparse=False)
+    export(save(model, tmp_path / "model"), tmp_path / "onnx")
+    assert_same_logits(tmp_path / "onnx", onnxruntime, model)
 
 
 @pytest.mark.parametrize("quantization", [Quantization(INT8, None), Quantization(INT4, 32)], ids=["int8", "int4"])

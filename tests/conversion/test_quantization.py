@@ -7,10 +7,11 @@ import pytest
 import torch
 import typer
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig
+from transformers import LlamaConfig, Qwen2Config
 from typer.testing import CliRunner
 
 from conversion import load_packed, pack24, save_packed, verify
+from conversion.block_walk import input_grams
 from conversion.cli import convert
 from conversion.dense_model import dense_model
 from conversion.errors import InputError
@@ -99,6 +100,11 @@ def test_rounding_to_nearest_is_within_the_format(quantization):
     assert ((weight - codes * quantization.spread(scale, 96)) ** 2).sum() <= textbook * (1 + 1e-9)
 
 
+def test_a_group_too_small_for_a_scale_gets_scale_one():
+    weight = torch.full((1, 64), 4.9e-44)
+    assert fit_scales(weight, Quantization(INT8, None)).item() == 1
+
+
 def test_a_group_of_zeros_gets_scale_one():
     weight = torch.zeros(2, 64)
     weight[0, :32] = 1.0
@@ -162,6 +168,38 @@ def test_error_feedback_lowers_the_output_error_and_keeps_the_mask(dense):
         assert (codes[~mask] == 0).all()
         errors.append(output_error(weight, codes * quantization.spread(scale, 96), gram))
     assert errors[1] < 0.8 * errors[0]
+
+
+def test_blocks_of_either_kind_of_attention_are_walked_with_their_own_mask():
+    kinds = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1, "num_hidden_layers": 3}
+    config = Qwen2Config(**CONFIGS["qwen2"].to_diff_dict() | kinds | {"layer_types": None})
+    assert len(set(config.layer_types)) == 2
+    model = make_model(config, sparse=False)
+    linears = [m for block in model.model.layers for m in block.modules() if isinstance(m, torch.nn.Linear)]
+    expected = {}
+
+    def note(module, args):
+        x = args[0].reshape(-1, args[0].shape[-1])
+        expected[module] = x.T @ x
+
+    handles = [linear.register_forward_pre_hook(note) for linear in linears]
+    ids = torch.randint(config.vocab_size, (2, 32))
+    with torch.no_grad():
+        model(ids)
+    for handle in handles:
+        handle.remove()
+    found = {}
+    for of_block in input_grams(model, linears, ids, "blocks"):
+        found |= of_block
+    assert set(found) == set(linears)
+    for linear in linears:
+        torch.testing.assert_close(found[linear], expected[linear], rtol=1e-4, atol=1e-3)
+
+
+def test_inputs_that_never_fire_count_for_next_to_nothing():
+    gram = torch.diag(torch.tensor([0.02, 0.04, 0.0, 0.0]))
+    torch.testing.assert_close(damped(gram).diagonal(), torch.tensor([0.0203, 0.0403, 3e-4, 3e-4]))
+    torch.testing.assert_close(damped(torch.zeros(3, 3)), torch.eye(3))
 
 
 def test_inputs_that_never_fire_do_no_harm():

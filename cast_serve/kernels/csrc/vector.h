@@ -30,7 +30,7 @@ struct Vec {
   static CAST24_INLINE void store(float* p, F v) { memcpy(p, &v, sizeof v); }
   static CAST24_INLINE F max(F a, F b) { return a > b ? a : b; }
 
-  // e^x for x <= 0, within 2 ulp; 0 below -87. Degree-6 polynomial on [-ln2/2, ln2/2] (Cephes).
+  // e^x for x <= 0, within 2 ulp; 0 below -87, NaN of NaN. Degree-6 polynomial on [-ln2/2, ln2/2] (Cephes).
   static CAST24_INLINE F exp(F x) {
     const F low = F{} - 87.0f;
     const F clamped = max(x, low);
@@ -46,7 +46,7 @@ struct Vec {
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
     const I power = ((I)shifted - (I)magic + 127) << 23;
-    const F result = p * (F)power;
+    const F result = p * (F)power + (x - x);
     return x < low ? F{} : result;
   }
 };

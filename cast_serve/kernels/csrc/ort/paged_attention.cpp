@@ -165,11 +165,13 @@ INLINE void attend_rows(const Args& a, int64_t sequence, int64_t kv_head, const 
   for (int r = 0; r < R; ++r) {
     float peak = -INFINITY;
     for (int i = 0; i < W; ++i) peak = std::max(peak, peaks[r][i]);
-    partial[r] = {peak, 0.0f};
-    if (peak == -INFINITY) {  // the row's window or its own position ends before this segment
+    if (first_key(a, positions[r]) >= end || positions[r] < begin) {  // the row sees nothing of this segment
+      partial[r] = {-INFINITY, 0.0f};
       std::fill(&scores[r][first_tile - segment_begin], &scores[r][tile_end - segment_begin], 0.0f);
       continue;
     }
+    if (peak == -INFINITY) peak = 0.0f;  // scores that are no numbers have no peak, and must stay what they are
+    partial[r] = {peak, 0.0f};
     F total[kTileVecs] = {};
     for (int64_t tile = first_tile - segment_begin; tile < tile_end - segment_begin; tile += kKeyTile) {
       for (int c = 0; c < kTileVecs; ++c) {
