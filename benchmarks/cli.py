@@ -98,6 +98,7 @@ def pipeline(
     preset: Annotated[Preset, typer.Option(help="quick: minutes on a CPU; full: the paper's recipe, on a GPU.")] = (
         Preset.quick
     ),
+    tokens: Annotated[int | None, typer.Option(help="Training tokens, instead of the preset's.", min=1)] = None,
 ) -> None:
     """Go the whole way: train to 2:4, evaluate, convert, serve and measure against the dense model.
 
@@ -127,7 +128,7 @@ def pipeline(
         raise InputError(f"{out} is a file: choose a directory as output")
     console = Console()
     try:
-        ran = run_stages(stages(directory, data, heldout, preset, out), out, console)
+        ran = run_stages(stages(directory, data, heldout, preset, out, tokens), out, console)
     except StageFailed as failure:
         console.print(f"stage '{failure.stage.name}' failed: mend it and run again, finished stages are kept")
         raise typer.Exit(failure.code) from None

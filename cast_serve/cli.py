@@ -1,7 +1,8 @@
 """The `cast` command: assembles the commands that the packages register, and turns InputError into one sentence."""
 
 import sys
-from importlib.metadata import entry_points
+from importlib import metadata
+from typing import Annotated
 
 import typer
 
@@ -35,10 +36,25 @@ def build_app() -> typer.Typer:
         pretty_exceptions_enable=False,
         add_completion=False,
     )
-    found = {entry.name: entry for entry in entry_points(group=COMMANDS)}
+    app.callback()(_options)
+    found = {entry.name: entry for entry in metadata.entry_points(group=COMMANDS)}
     for name in sorted(found, key=[*EXTRAS, *found].index):
         app.command(name, context_settings=PASSING.get(name))(found[name].load())
     return app
+
+
+def _say_version(asked: bool) -> None:
+    if asked:
+        print(f"cast-serve {metadata.version('cast-serve')}")
+        raise typer.Exit
+
+
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Say the version and stop.")
+    ] = False,
+) -> None:
+    pass
 
 
 def main() -> None:

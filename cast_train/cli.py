@@ -27,7 +27,11 @@ def train(
         typer.Option(help="Trained: cast, srste, gmp or ast. Without training: magnitude, wanda or sparsegpt."),
     ] = "cast",
     preset: Annotated[
-        str, typer.Option(help="Settings to start from: 'quick' (minutes on a CPU) or 'full' (the CAST paper's).")
+        str,
+        typer.Option(
+            help="Settings to start from: 'quick' (minutes on a CPU) or 'full' (the CAST paper's); docs/training.md "
+            "has them in a table."
+        ),
     ] = "quick",
     steps: Annotated[int | None, typer.Option(help="Optimizer steps.", rich_help_panel=_BUDGET)] = None,
     tokens: Annotated[
@@ -333,7 +337,7 @@ def evaluate(
     """Measure perplexity on held-out text, agreement with the dense model, and zero-shot accuracy.
 
     Documents are joined by a blank line and cut into windows that do not overlap, the same for every model. Zero-shot
-    tasks run in lm-eval (pip install 'cast-serve[eval]'), no examples in the prompt; accuracy is plain acc. Examples:
+    tasks run in lm-eval (pip install 'cast-serve\\[eval]'), no examples in the prompt; accuracy is plain acc. Examples:
 
         cast eval dense/ sparse/ --data heldout.jsonl --teacher dense/
 

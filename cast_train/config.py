@@ -93,7 +93,8 @@ class TrainConfig(BaseModel):
             where = ".".join(str(part) for part in first["loc"])
             if first["type"] == "extra_forbidden":
                 raise InputError(f"{self.method or 'a run'} has no setting '{where}'") from None
-            raise InputError(f"bad training setting{' ' + where if where else ''}: {first['msg']}") from None
+            said = first["msg"].removeprefix("Value error, ")
+            raise InputError(f"bad training setting{' ' + where if where else ''}: {said}") from None
 
     @model_validator(mode="after")
     def _check_budget(self) -> Self:

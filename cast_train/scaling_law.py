@@ -158,7 +158,7 @@ def check_enough(records: Sequence[RunRecord]) -> None:
     if len(sizes) == 2:
         raise InputError("runs of two model sizes do not determine how loss falls with size: give runs of one, or of 3")
     if len(budgets) < 3:
-        raise InputError(f"the runs have {len(budgets)} different token counts, and the law needs 3: train more")
+        raise InputError(f"different token counts of the runs: {len(budgets)}, and the law needs 3: train more")
     needed = _constants(records) + 1
     if len(records) < needed:
         raise InputError(f"{len(records)} runs are too few for the {needed - 1} constants of the law: give {needed}")

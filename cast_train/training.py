@@ -21,7 +21,7 @@ from cast_train.config import CastConfig, TrainConfig
 from cast_train.dataset import TokenBlocks, check_vocabulary, load_tokens
 from cast_train.dtensor import local, sum_of_pieces, whole
 from cast_train.health import Health, read_metrics
-from cast_train.interruption import StopOnSigterm
+from cast_train.interruption import StopWhenAsked
 from cast_train.mask import nm_mask
 from cast_train.plot import plot_metrics
 from cast_train.run import Run, source_hash
@@ -102,6 +102,8 @@ def train(
         "source": source_id,
     }
     run = Run.find(out.with_name(out.name + ".run"), identity, resume=resume)
+    if resume and not run.begun:
+        console.print(f"there is no run in {run.directory} to go on with: starting one")
     if not run.begun:  # what lies there is left of a run that nobody knows any more
         for stray in run.directory.glob("checkpoint-*"):
             shutil.rmtree(stray, ignore_errors=True)
@@ -154,7 +156,7 @@ def train(
     # Train
     if checkpoint is not None:
         console.print(f"continuing from {checkpoint}")
-    with without_transformers_bars(), StopOnSigterm(trainer):  # bars of checkpoints
+    with without_transformers_bars(), StopWhenAsked(trainer):  # bars of checkpoints
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     step = trainer.state.global_step
     if step < config.total_steps:

@@ -37,7 +37,7 @@ def convert(
         Target,
         typer.Option(
             help="packed: the portable checkpoint. onnx: what the CPU engine runs, also for dense models. tensorrt: "
-            "for ONNX Runtime's TensorRT provider (pip install 'cast-serve[tensorrt]')."
+            "for ONNX Runtime's TensorRT provider (pip install 'cast-serve\\[tensorrt]')."
         ),
     ] = Target.packed,
     value_dtype: Annotated[

@@ -12,7 +12,7 @@ def print_info(info: DirectoryInfo, console: Console) -> None:
     title = f"{info.directory}: {info.kind}, {info.model_type}, {info.value_dtype}"
     if info.layers:
         table = Table(title=title)
-        table.add_column("linear")
+        table.add_column("linear", overflow="fold")
         for heading in ("shape", "zeros", "violations", "dense", "packed"):
             table.add_column(heading, justify="right")
         for layer in info.layers:
@@ -35,7 +35,7 @@ def print_info(info: DirectoryInfo, console: Console) -> None:
         totals.add_row("linears in scope", str(len(info.layers)))
         totals.add_row("zeros in them", f"{info.sparsity:.2%}")
         totals.add_row("groups that are not 2:4", str(info.violations))
-        totals.add_row("linears dense", decimal(info.linear_dense_bytes))
+        totals.add_row(f"linears dense, {info.value_dtype} too", decimal(info.linear_dense_bytes))
         totals.add_row("linears packed", decimal(info.linear_packed_bytes))
         totals.add_row("bits per weight of them", f"{info.packed_bits_per_weight:.2f}")
     else:
@@ -44,5 +44,5 @@ def print_info(info: DirectoryInfo, console: Console) -> None:
     if info.embedding_dtype is not None:
         totals.add_row("embedding", info.embedding_dtype)
     if info.packed_ratio is not None:
-        totals.add_row("whole model packed / dense", f"{info.packed_ratio:.3f}")
+        totals.add_row(f"whole model packed / dense, {info.value_dtype} too", f"{info.packed_ratio:.3f}")
     console.print(totals)

@@ -72,9 +72,16 @@ class Outputs:
         return self.report / "report.html"
 
 
-def stages(source: Path, data: Path, heldout: Path, preset: Preset, out: Path) -> list[Stage]:
-    """Permute, train, evaluate next to one-shot baselines as they are usually made, convert, measure."""
+def stages(
+    source: Path, data: Path, heldout: Path, preset: Preset, out: Path, tokens: int | None = None
+) -> list[Stage]:
+    """Permute, train, evaluate next to one-shot baselines as they are usually made, convert, measure.
+
+    Args:
+        tokens: to train on; None for the preset's.
+    """
     to = Outputs(out)
+    budget = () if tokens is None else ("--tokens", f"{tokens}")
     baselines = {method: to.oneshot(method) for method in ("magnitude", "sparsegpt")}
     compared = [source, *baselines.values(), to.cast]
     return [
@@ -90,11 +97,11 @@ def stages(source: Path, data: Path, heldout: Path, preset: Preset, out: Path) -
             (
                 # --resume also begins a run; with it, one that was interrupted goes on
                 *("train", f"{to.permuted}", "--resume"),
-                *("--data", f"{data}", "--preset", preset.value, "--out", f"{to.cast}"),
+                *("--data", f"{data}", "--preset", preset.value, *budget, "--out", f"{to.cast}"),
             ),
             inputs=(to.permuted, data),
             outputs=(to.cast,),
-            minutes=13 if preset is Preset.quick else None,
+            minutes=13 if preset is Preset.quick and tokens is None else None,
         ),
         *(
             Stage(

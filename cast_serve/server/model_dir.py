@@ -78,8 +78,10 @@ def _convert(directory: Path, target: Path, value_dtype: str | None) -> None:
         error = outcome.recv()
     except EOFError:
         raise InputError(f"the process converting {directory} died, probably for lack of memory") from None
-    finally:
+    except BaseException:  # told to stop; where it has reported, it ends by itself
         process.terminate()
+        raise
+    finally:
         process.join()
     if isinstance(error, OSError):
         raise InputError(f"cannot write {target}: {error.strerror or error}") from None

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
-from cast_train.config import TrainConfig
-from cast_train.methods import CALIBRATED, ONE_SHOT, TRAINED
+from cast_train.config import CONFIGS, TrainConfig
+from cast_train.methods import CALIBRATED, ONE_SHOT
 from cast_train.oneshot.calibration import read_calibration
 from cast_train.oneshot.prune import prune
 from cast_train.saving import save_model
@@ -26,7 +26,7 @@ def prune_directory(
     Of `config` only calibration_tokens, block_length and seed matter. InputError if anything given is wrong.
     """
     if method not in ONE_SHOT:
-        raise InputError(f"unknown method '{method}': use {', '.join([*TRAINED, *ONE_SHOT])}")
+        raise InputError(f"unknown method '{method}': use {', '.join([*CONFIGS, *ONE_SHOT])}")
     directory = local_model(source)
     with new_directory(out, overwrite, directory) as building:
         dense = Checkpoint(directory)

@@ -42,10 +42,12 @@ def permute(model: PreTrainedModel, calibration: Tensor) -> list[Gain]:
     """
     linears: set[nn.Module] = {module for _, module in scope(model)}
     power: dict[nn.Module, Tensor] = {}
-    for sums in input_sums(model, linears, calibration, "reading calibration text", lambda x: x.square().sum(0)):
+    for sums in input_sums(
+        model, linears, calibration, "1 of 2: reading calibration text", lambda x: x.square().sum(0)
+    ):
         power |= sums
     parts: dict[str, list[tuple[float, float]]] = {}
-    for channels in track(list(channels_of(model)), "ordering channels"):
+    for channels in track(list(channels_of(model)), "2 of 2: ordering channels"):
         saliency = torch.cat(list(_saliency(channels, power)))
         order = search_order(saliency)
         channels.reorder(order)

@@ -6,6 +6,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from cast_serve.cli import EXTRAS, build_app
 
@@ -17,6 +18,17 @@ def test_every_command_has_extras_that_exist() -> None:
     assert [command.name for command in build_app().registered_commands] == list(EXTRAS)
     for extras in EXTRAS.values():
         assert set(extras.split(",")) <= set(PROJECT["optional-dependencies"])
+
+
+def test_the_version_is_said() -> None:
+    result = CliRunner().invoke(build_app(), ["--version"])
+    assert (result.exit_code, result.stdout) == (0, f"cast-serve {PROJECT['version']}\n")
+
+
+@pytest.mark.parametrize(("command", "extra"), [("eval", "eval"), ("convert", "tensorrt")])
+def test_extras_are_named_whole_in_help(command: str, extra: str) -> None:
+    """Square brackets are markup there."""
+    assert f"'cast-serve[{extra}]'" in CliRunner().invoke(build_app(), [command, "--help"]).stdout
 
 
 @pytest.mark.parametrize(

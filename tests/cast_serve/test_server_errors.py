@@ -181,9 +181,9 @@ def test_malformed_body(served: Served, body: bytes, headers: dict[str, str], me
     [
         (COMPLETIONS, {"prompt": [4] * 200}, "prompt"),
         (COMPLETIONS, {"prompt": "fox " * 20_000}, "prompt"),
-        (COMPLETIONS, {"prompt": ["Hello", [4] * 150], "max_tokens": 51}, "prompt"),
+        (COMPLETIONS, {"prompt": ["Hello", [4] * 150], "max_tokens": 51}, "max_tokens"),
         (CHAT, {"messages": [{"role": "user", "content": "fox " * 200}]}, "messages"),
-        (CHAT, {"messages": [USER], "max_tokens": 199}, "messages"),
+        (CHAT, {"messages": [USER], "max_tokens": 199}, "max_tokens"),
     ],
 )
 def test_longer_than_the_context(served: Served, path: str, body: dict[str, Any], param: str) -> None:

@@ -121,7 +121,7 @@ def test_a_dense_model_below_the_limit_is_not_reachable(noisy: Fit) -> None:
 @pytest.mark.parametrize(
     ("sizes", "budgets", "match"),
     [
-        ((1e8,), (1e9, 1e10), "2 different token counts"),
+        ((1e8,), (1e9, 1e10), "different token counts of the runs: 2"),
         ((1e8,), (1e8, 1e9, 1e10), "3 runs are too few for the 3 constants of the law: give 4"),
         ((1e8, 1e9), BUDGETS, "two model sizes"),
     ],

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 from cast_serve import cli
-from cast_train import dataset, training
+from cast_train import dataset, interruption, training
 from cast_train.config import AstConfig, CastConfig, TrainConfig
 from cast_train.dataset import TokenBlocks, load_tokens
 from cast_train.evaluation.evaluate import evaluate
@@ -322,6 +322,29 @@ def test_sigterm_stops_with_a_checkpoint_of_that_step(gpt2: Setting, uninterrupt
     expected = load_file(uninterrupted / "model.safetensors")
     resumed = load_file(gpt2.root / "stopped" / "model.safetensors")
     assert all(torch.equal(resumed[name], tensor) for name, tensor in expected.items())
+
+
+def test_ctrl_c_stops_with_a_checkpoint_and_a_second_one_at_once(
+    gpt2: Setting, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(self: CastTrainer, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step == 2:
+            for second in times.pop(0) if times else ():
+                monkeypatch.setattr(interruption, "monotonic", lambda second=second: second)
+                signal.raise_signal(signal.SIGINT)
+        return training_step(self, *args, **kwargs)
+
+    times = [[100.0, 100.1]]
+    training_step, handler = CastTrainer.training_step, signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(CastTrainer, "training_step", interrupt)
+    with pytest.raises(Interrupted, match="stopped after step 3 of 24"):
+        gpt2.train("interrupted", config())
+    assert last_checkpoint(gpt2.root / "interrupted.run") == gpt2.root / "interrupted.run" / "checkpoint-3"
+    assert capsys.readouterr().err.count("stopping after this step") == 1
+    times.append([100.0, 105.0])
+    with pytest.raises(KeyboardInterrupt):
+        gpt2.train("interrupted at once", config())
+    assert signal.getsignal(signal.SIGINT) == handler
 
 
 @pytest.mark.slow
