@@ -114,10 +114,8 @@ class ServedModel:
             raise APIError(f"token ids must lie in 0..{self.engine.info.vocab_size - 1}", param=param)
         room = context - len(prompt_ids)
         if room < (max_tokens or 1):
-            asked, mend = "", "shorten it"
-            if max_tokens:
-                asked = f" and {max_tokens} are to be generated"
-                mend = f"ask for at most {room}" if room > 0 else "shorten it"
+            asked = f" and {max_tokens} are to be generated" if max_tokens else ""
+            mend = "shorten it" if room < 1 else f"ask for at most {room}"
             raise APIError(
                 f"this model's context is {context} tokens, but the prompt has {len(prompt_ids)}{asked}: {mend}",
                 param=param if room < 1 else "max_tokens",

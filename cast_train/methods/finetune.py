@@ -54,7 +54,7 @@ class FixedMaskAdam(MaskedAdam):
         self.start()
         for group in self._sparse_groups():
             for _, grads, _, _, masks in self._buckets(group, self._masked_tensors):
-                torch._foreach_mul_(grads, [mask.view(torch.uint8) for mask in masks])
+                _cut(grads, masks)
 
     def health(self) -> dict[str, float]:
         """Return mean |masked|, 0, and mean |kept|; both 0 where only low-rank updates are trained."""
@@ -68,8 +68,12 @@ class FixedMaskAdam(MaskedAdam):
     def _sparse_step(self, group: dict[str, Any], t: int) -> None:
         self.start()
         for params, grads, momenta, variances, masks in self._buckets(group, self._masked_tensors):
-            torch._foreach_mul_(grads, [mask.view(torch.uint8) for mask in masks])
+            _cut(grads, masks)  # again, for loops that clip no gradients
             self._adam(params, grads, momenta, variances, group, t, group["betas"][0], group["lr"])
+
+
+def _cut(grads: list[Tensor], masks: list[Tensor]) -> None:
+    torch._foreach_mul_(grads, [mask.view(torch.uint8) for mask in masks])
 
 
 class MaskedLowRank(nn.Module):
