@@ -7,10 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cast_serve.kernels.cuda import cusparselt, dense_quantized
+from cast_serve.kernels.cuda import cusparselt, dense_quantized, tiled, warpgroup
 from cast_serve.kernels.cuda.layout import from_fragments
+from cast_serve.kernels.cuda.linear import Planner
 from cast_serve.kernels.cuda.measurement import Gpu
+from cast_serve.kernels.cuda.plan import Plan
 from cast_serve.kernels.cuda.random_weights import QuantizedWeight, Weight, random_values
+from cast_serve.kernels.cuda.warpgroup import WarpgroupTile
 from cast_serve.kernels.cuda.weight_only import Method
 from conversion.quantization.formats import FP8, INT4, INT8, Quantization, ValueFormat, dequantize, encode
 
@@ -42,11 +45,17 @@ def small_m_error(machine: Gpu, M: int, N: int, K: int, dtype: torch.dtype) -> f
     return relative_error(machine.small_m(x, *weight.packed, N, bias), x, weight.dense, bias)
 
 
-def tiled_error(machine: Gpu, M: int, N: int, K: int, dtype: torch.dtype) -> float:
+def tiled_error(
+    machine: Gpu, M: int, N: int, K: int, dtype: torch.dtype, planner: Planner = tiled.plan, cut: Plan | None = None
+) -> float:
     device = machine.device
     weight, x = Weight(N, K, dtype, device), random_values(M, K, dtype, device)
     bias = torch.randn(N, device=device).to(dtype)
-    return relative_error(machine.tiled(x, *weight.packed, N, bias), x, weight.dense, bias)
+    return relative_error(machine.tiled(x, *weight.packed, N, bias, planner=planner, cut=cut), x, weight.dense, bias)
+
+
+def warpgroup_error(machine: Gpu, M: int, N: int, K: int, dtype: torch.dtype, tile: WarpgroupTile) -> float:
+    return tiled_error(machine, M, N, K, dtype, cut=warpgroup.cut_into(tile, M, N, K))
 
 
 def triton_error(machine: Gpu, M: int, N: int, K: int, dtype: torch.dtype) -> float:
@@ -177,6 +186,15 @@ def correctness(machine: Gpu, shapes: list[tuple[int, int, int]]) -> dict[str, A
         ("expanded int4 g64", partial(weight_only_error, values=INT4, group_size=64, method="expanded"), wide, TWICE),
         ("rows rounded", rounding_error, tile_dtypes(machine)[2:], 1 / 16),
     ]
+    if machine.is_hopper:
+        each = {f"warpgroup {tile.rows} {tile.cluster}": tile for tile in warpgroup.TILES}
+        kinds += [(name, partial(warpgroup_error, tile=tile), wide, None) for name, tile in each.items()]
+        by_warpgroup = partial(weight_only_error, method="warpgroup")
+        kinds += [
+            ("warpgroup int8", partial(by_warpgroup, values=INT8, group_size=None), wide, None),
+            ("warpgroup fp8", partial(by_warpgroup, values=FP8, group_size=None), wide, None),
+            ("warpgroup int4 g64", partial(by_warpgroup, values=INT4, group_size=64), wide, TWICE),
+        ]
     if machine.has_triton:
         kinds += [
             ("triton", triton_error, wide, None),

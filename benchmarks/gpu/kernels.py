@@ -20,6 +20,7 @@ from benchmarks.gpu.graphs import graphs
 from benchmarks.gpu.kernel_checks import DTYPE, TINY_SHAPES, correctness
 from benchmarks.gpu.kernel_checks import SHAPES as ODD_SHAPES
 from benchmarks.gpu.machines import Rehearsal
+from cast_serve.kernels.cuda import warpgroup
 from cast_serve.kernels.cuda.measurement import Call, Candidate, Gpu, Layer
 from cast_serve.kernels.cuda.small_m import VARIANTS, Variant, plan
 from cast_serve.kernels.cuda.tiled import Tile, cut_into
@@ -104,26 +105,28 @@ def cuts(machine: Gpu, shapes: list[Shape], batches: list[int], bandwidth: float
             seconds, failures = timed(machine, calls, repeats=5, budget=0.01)
             best = [
                 {
-                    "variant": cut.kernel.name,
+                    "variant": cut.kernel.entry.name,
                     "splits": cut.splits,
                     "seconds": seconds[cut],
                     "of_copy_bandwidth": layer.packed_bytes / seconds[cut] / bandwidth,
                 }
                 for cut in sorted(seconds, key=lambda cut: seconds[cut])[:5]
             ]
-            chosen = {"variant": usual.kernel.name, "splits": usual.splits, "seconds": seconds.get(usual)}
+            chosen = {"variant": usual.kernel.entry.name, "splits": usual.splits, "seconds": seconds.get(usual)}
             record = {"M": M, "N": N, "K": K, "chosen": chosen, "best": best, "failures": failures}
             print(json.dumps(record), flush=True)
             yield record
 
 
 def tiles(machine: Gpu, shapes: list[Shape], batches: list[int]) -> Iterator[Record]:
-    """Seconds of the kernel for many rows with every tile, and cuBLAS's on a dense weight."""
-    launch = machine.launcher(tuple(TILES), DTYPE)
+    """Seconds of the kernels for many rows with every tile, and cuBLAS's on a dense weight."""
+    hopper = warpgroup.TILES if machine.is_hopper else ()
+    launch = machine.launcher((*TILES, *hopper), DTYPE)
     for N, K in shapes:
         layer = Layer(N, K, machine)
         for M in batches:
-            cuts = {tile.name: cut_into(tile, M, N, K, machine.multiprocessors) for tile in TILES}
+            cuts = {tile.entry.name: cut_into(tile, M, N, K, machine.multiprocessors) for tile in TILES}
+            cuts |= {tile.entry.name: warpgroup.cut_into(tile, M, N, K) for tile in hopper}
             calls = {name: layer.tiled(M, cut, launch) for name, cut in cuts.items()} | {"dense": layer.cublas(M)}
             seconds, failures = timed(machine, calls.items(), repeats=5, budget=0.02)
             record = {"M": M, "N": N, "K": K, "seconds": seconds, "failures": failures}

@@ -23,6 +23,7 @@ class Rehearsal(Gpu):
         self.device = torch.device("cpu")
         self.multiprocessors = 132
         self.capability = (9, 0)
+        self.is_hopper = True
         self.has_cusparselt = False
         self.has_triton = True
 

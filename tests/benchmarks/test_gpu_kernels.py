@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,8 +13,11 @@ from torch import Tensor
 from benchmarks.gpu import graphs, kernels
 from benchmarks.gpu.kernel_checks import SHAPES, TINY_SHAPES, correctness
 from benchmarks.gpu.machines import Rehearsal
+from cast_serve.kernels.cuda import warpgroup
 from cast_serve.kernels.cuda.crossover import DEVICES, Table
+from cast_serve.kernels.cuda.linear import Planner
 from cast_serve.kernels.cuda.measurement import Gpu
+from cast_serve.kernels.cuda.plan import Plan
 
 
 def test_a_rehearsal_writes_every_part(tmp_path: Path) -> None:
@@ -28,7 +32,8 @@ def test_a_rehearsal_writes_every_part(tmp_path: Path) -> None:
     assert all(record["speedup_over_dense"]["dense"] == 1 for record in records)
     assert set(records[0]["seconds"]) == {"dense", "small_m", "small_m overlapping", "triton"}
     assert {"tiled", "expanded"} < set(parts["prefill"]["records"][0]["seconds"])
-    assert parts["tiles"]["records"][0]["seconds"].keys() == {"dense", *(tile.name for tile in kernels.TILES)}
+    tiles = [*kernels.TILES, *warpgroup.TILES]
+    assert parts["tiles"]["records"][0]["seconds"].keys() == {"dense", *(tile.entry.name for tile in tiles)}
     assert all(cut["best"] for cut in parts["cuts"]["records"])
 
 
@@ -81,7 +86,7 @@ def test_graphs_that_do_not_replay_are_found(monkeypatch: pytest.MonkeyPatch, re
     monkeypatch.setattr(torch.ops.cast24, "linear_cuda", linear, raising=False)
     found = graphs.graphs(Rehearsal())
     tests = [name for name in found if name.startswith("graph, ")]
-    assert len(tests) == 8
+    assert len(tests) == 9
     assert all(found[name]["ok"] is replays for name in [*tests, "overlapping"]), found
     assert not found["ok"]  # there are no streams
 
@@ -89,7 +94,9 @@ def test_graphs_that_do_not_replay_are_found(monkeypatch: pytest.MonkeyPatch, re
 def test_what_cannot_run_does_not_end_the_race() -> None:
     class Refuses(Rehearsal):
         @staticmethod
-        def tiled(*_: object, **__: object) -> Tensor:
+        def tiled(*weight: Any, planner: Planner, cut: Plan | None, **options: Any) -> Tensor:
+            if planner is warpgroup.plan:
+                return Rehearsal.tiled(*weight, **options)
             raise RuntimeError("too many resources requested for launch")
 
     (record,) = kernels.race(Refuses(), [(48, 136)], [64], 1e9)
@@ -97,7 +104,7 @@ def test_what_cannot_run_does_not_end_the_race() -> None:
     assert "expanded" in record["seconds"]
     (record,) = kernels.tiles(Refuses(), [(48, 136)], [128])
     assert set(record["seconds"]) == {"dense"}
-    assert len(record["failures"]) == len(kernels.TILES)
+    assert len(record["failures"]) == len(kernels.TILES) + len(warpgroup.TILES)
 
 
 @pytest.mark.gpu

@@ -14,6 +14,7 @@ from cast_serve.kernels.cuda.crossover import Choice, Point, Table
 from cast_serve.kernels.cuda.cusparselt import Algorithm
 from cast_serve.kernels.cuda.layout import to_fragments
 from cast_serve.kernels.cuda.linear import TYPES, prepack
+from cast_serve.kernels.cuda.plan import Entry, Types
 from cast_serve.kernels.cuda.small_m import VARIANTS
 from conversion.quantization.formats import INT4, INT8, Quantization, dequantize, encode
 from tests.cast_serve.cuda_emulation.runner import Emulation, Launcher
@@ -83,20 +84,25 @@ class Gpu:
     def __init__(self, emulation: Emulation, table: Table, monkeypatch: pytest.MonkeyPatch) -> None:
         self.launched: list[str] = []
 
-        def launch(types: Any, name: str, *rest: Any) -> None:
-            self.launched.append(name)
-            Launcher(emulation, None)(types, name, *rest)
+        def launch(types: Types, entry: Entry, *rest: Any) -> None:
+            self.launched.append(entry.name)
+            Launcher(emulation, None)(types, entry, *rest)
 
         monkeypatch.setattr(linear, "launch_on_gpu", launch)
         monkeypatch.setattr(torch_ops, "table", lambda _: table)
 
 
 @pytest.mark.parametrize(
-    ("rows", "kernel"), [(1, VARIANTS[0].name), (9, VARIANTS[1].name), (64, "expand"), (100, "tiled_4_4_4_2_1")]
+    ("rows", "kernel"),
+    [
+        *[(1, VARIANTS[0].entry.name), (9, VARIANTS[1].entry.name), (64, "expand"), (100, "tiled_4_4_4_2_1")],
+        (200, "warpgroup_256_4"),
+    ],
 )
 def test_operators_by_rows(emulation: Emulation, monkeypatch: pytest.MonkeyPatch, rows: int, kernel: str) -> None:
-    seconds = {"small_m": [1.0, 2.0, 3.0], "expanded": [2.0, 1.0, 2.0], "tiled": [3.0, 2.0, 1.0]}
-    gpu = Gpu(emulation, Table({LAYER: points(32, 64, 128, **seconds)}, crossover.DEVICES["H100"]), monkeypatch)
+    seconds = {"small_m": [1.0, 2.0, 3.0, 3.0], "expanded": [2.0, 1.0, 2.0, 2.0], "tiled": [3.0, 2.0, 1.0, 2.0]}
+    seconds["warpgroup"] = [4.0, 3.0, 2.0, 1.0]
+    gpu = Gpu(emulation, Table({LAYER: points(32, 64, 128, 256, **seconds)}, crossover.DEVICES["H100"]), monkeypatch)
     layer, x, bias = random_layer(64, 128, torch.bfloat16), torch.randn(rows, 128), torch.randn(64)
     packed = prepack(layer.values, layer.bitmask)
     gpu.launched.clear()
@@ -120,7 +126,8 @@ def test_any_leading_axes(emulation: Emulation, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize(("bits", "group_size"), [(8, None), (4, 64)])
 @pytest.mark.parametrize(
-    ("rows", "dtype"), [(3, torch.float32), (70, torch.bfloat16), (2, torch.float16), (130, torch.float32)]
+    ("rows", "dtype"),
+    [(3, torch.float32), (70, torch.bfloat16), (2, torch.float16), (130, torch.float32), (300, torch.bfloat16)],
 )
 def test_the_quantized_operator(
     emulation: Emulation,
@@ -132,7 +139,8 @@ def test_the_quantized_operator(
 ) -> None:
     if bits == 8 and dtype == torch.float16:
         return
-    measured = points(64, 256, 512, small_m=[1.0, 2.0, 2.0], expanded=[2.0, 1.0, 2.0], tiled=[2.0, 2.0, 1.0])
+    seconds = {"small_m": [1.0, 2.0, 2.0, 2.0], "expanded": [2.0, 1.0, 2.0, 2.0], "tiled": [2.0, 2.0, 1.0, 2.0]}
+    measured = points(64, 256, 512, 1024, **seconds, warpgroup=[2.0, 2.0, 2.0, 1.0])
     known = (40, 200, "int8" if bits == 8 else "int4 g64")
     gpu = Gpu(emulation, Table({known: measured}, crossover.DEVICES["H100"]), monkeypatch)
     layer, x, bias = random_layer(40, 200, torch.float32), torch.randn(2, rows, 200).to(dtype), torch.randn(40)
@@ -145,7 +153,7 @@ def test_the_quantized_operator(
     y = torch_ops.linear_quantized(x, packed, 40, bits, True, group_size or 0, False, bias)
     assert y.dtype == dtype
     (launched,) = gpu.launched
-    assert launched.startswith({2: "small_m", 3: "small_m", 70: "expand", 130: "tiled"}[rows])
+    assert launched.startswith({2: "small_m", 3: "small_m", 70: "expand", 130: "tiled", 300: "warpgroup"}[rows])
     rounded = x.bfloat16() if dtype == torch.float32 else x
     expected = rounded.double() @ dense.double().T + bias.double()
     torch.testing.assert_close(y.double(), expected, rtol=2e-2, atol=1e-1)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.kernels import TILES
-from cast_serve.kernels.cuda import nvrtc, tiled, weight_only
+from cast_serve.kernels.cuda import nvrtc, tiled, warpgroup, weight_only
 from cast_serve.kernels.cuda.layout import from_fragments, to_fragments
 from cast_serve.kernels.cuda.linear import (
     TYPES,
@@ -25,6 +25,7 @@ from cast_serve.kernels.cuda.plan import Plan, Types
 from cast_serve.kernels.cuda.small_m import Variant, plan
 from cast_serve.kernels.cuda.source import source
 from cast_serve.kernels.cuda.tiled import cut_into, tiles
+from cast_serve.kernels.cuda.warpgroup import WarpgroupTile
 from cast_serve.kernels.cuda.weight_only import weight_only_linear
 from conversion.errors import InputError
 from conversion.packed import unpack24
@@ -173,6 +174,69 @@ def test_tiled_weight_only(
     launch = Launcher(emulation, [packed, x])
     y = weight_only_linear(x, packed, 301, format.bits, group_size, bias, method="tiled", cut=cut, launch=launch)
     assert relative_error(y, x, dense, bias) < torch.finfo(dtype).eps
+
+
+WARPGROUP_SHAPES = [(1, 16, 64), (65, 33, 72), (130, 270, 200), (260, 140, 600)]
+MANY_PANELS = (140, 2100, 72)
+
+
+@pytest.mark.parametrize(
+    ("tile", "batch", "rows", "columns", "dtype"),
+    [
+        *[(tile, *shape, DTYPES[i % 2]) for tile in warpgroup.TILES for i, shape in enumerate(WARPGROUP_SHAPES)],
+        (warpgroup.TILES[0], *MANY_PANELS, torch.bfloat16),
+    ],
+)
+def test_warpgroup_against_float64(
+    emulation: Emulation, tile: WarpgroupTile, batch: int, rows: int, columns: int, dtype: torch.dtype
+) -> None:
+    """Buffers go round several times, clusters reach past the weight's end, and panels are several or one."""
+    layer = random_layer(rows, columns, dtype)
+    wide = torch.randn(batch, columns + 24).to(dtype)
+    x, bias = wide[:, 8 : columns + 8], torch.randn(rows).to(dtype)
+    packed = to_fragments(layer.values, layer.bitmask)
+    cut = warpgroup.cut_into(tile, batch, rows, columns)
+    launch = Launcher(emulation, [*packed, wide, bias], seed=batch)
+    y = tiled_linear(x, *packed, rows, bias, cut=cut, launch=launch)
+    assert relative_error(y, x, layer.dense, bias) < torch.finfo(dtype).eps
+    assert all((reads > 0).all() for reads in launch.reads[:2]), "a byte of the weight was not read"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("format", "group_size"), [(INT8, None), (FP8, None), (FP8, 64), (INT4, 128), (INT4, 64)])
+def test_warpgroup_weight_only(
+    emulation: Emulation, format: ValueFormat, group_size: int | None, dtype: torch.dtype
+) -> None:
+    values, bitmask, scale, dense = quantized_layer(301, 328, format, group_size)
+    packed = weight_only.pack(values, bitmask, scale, group_size)
+    x, bias = torch.randn(140, 328).to(dtype), torch.randn(301).to(dtype)
+    launch = Launcher(emulation, [packed, x])
+    y = weight_only_linear(x, packed, 301, format.bits, group_size, bias, method="warpgroup", launch=launch)
+    # several scales of a row are multiplied into the weight, which is rounded again
+    assert relative_error(y, x, dense, bias) < (1 if group_size is None else 2) * torch.finfo(dtype).eps
+
+
+def test_a_cluster_reads_x_once(emulation: Emulation) -> None:
+    layer, x = random_layer(1024, 128, torch.bfloat16), torch.randn(256, 128).bfloat16()
+    packed = to_fragments(layer.values, layer.bitmask)
+    for tile in warpgroup.TILES:
+        cut, launch = warpgroup.cut_into(tile, 256, 1024, 128), Launcher(emulation, [*packed, x])
+        tiled_linear(x, *packed, 1024, cut=cut, launch=launch)
+        of_weight, _, of_x = (reads.unique().tolist() for reads in launch.reads)
+        assert of_weight == [256 // tile.rows]
+        assert of_x == [1024 // (128 * tile.cluster)]
+
+
+def test_warpgroup_tiles_fill_the_gpu() -> None:
+    types = TYPES[torch.bfloat16, torch.bfloat16]
+    for M, N, K in [(256, 14336, 4096), (512, 4096, 4096), (2048, 4096, 14336), (8192, 11008, 4096)]:
+        cut = warpgroup.plan(M, N, K, 132, types)
+        assert cut.grid[0] % cut.kernel.entry.cluster == 0
+        assert math.prod(cut.grid) >= 56
+    assert all(warpgroup.plan(M, 14336, 4096, 132, types).kernel.entry.cluster == 4 for M in (2048, 8192))
+    assert warpgroup.plan(8192, 14336, 4096, 132, types).kernel == warpgroup.TILES[3]
+    assert all(tile.entry.shared_bytes <= 227 << 10 for tile in warpgroup.TILES)
+    assert warpgroup.tiles(Types("S8", "Bf16")) == ()
 
 
 def test_tiles_leave_no_multiprocessor_idle() -> None:

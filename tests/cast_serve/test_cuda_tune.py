@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from benchmarks.gpu.machines import Rehearsal
 from cast_serve.cli import build_app
-from cast_serve.kernels.cuda import crossover, cusparselt, measurement
+from cast_serve.kernels.cuda import crossover, cusparselt, measurement, warpgroup
 from cast_serve.kernels.cuda.crossover import Point
 from cast_serve.kernels.cuda.cusparselt import Algorithm
 from cast_serve.kernels.cuda.heat_map import draw
@@ -24,6 +24,7 @@ from conversion.quantization.formats import INT4, INT8, Quantization
 from tests.conversion.models import CONFIGS, make_model
 
 LAYER = (48, 136, "bfloat16")
+MANY_ROWS = {"tiled", "warpgroup", "expanded"}
 
 
 def test_layers_are_also_measured_fused(tmp_path: Path) -> None:
@@ -54,6 +55,7 @@ class Scripted(Rehearsal):
     def seconds(self, calls: Sequence[Any], *, repeats: int = 10, budget: float = 0.05) -> float:  # type: ignore[override]
         call: partial[Any] = calls[0]
         name = {"linear": "dense", "_expanded": "expanded", "tiled": "tiled"}.get(call.func.__name__, "small_m")
+        name = "warpgroup" if call.keywords.get("planner") is warpgroup.plan else name
         rows = call.args[0].shape[0]
         self.measured.append((name, rows))
         if name == "expanded" and rows == 64:
@@ -62,13 +64,13 @@ class Scripted(Rehearsal):
 
 
 def test_every_method_is_measured_until_it_is_hopeless() -> None:
-    machine = Scripted({"dense": 10.0, "small_m": 1.0, "expanded": 20.0, "tiled": 30.0})
+    machine = Scripted({"dense": 10.0, "small_m": 1.0, "expanded": 20.0, "tiled": 30.0, "warpgroup": 130.0})
     counted = []
     points = tune(machine, [LAYER], [1, 64, 128, 256, 512], counted.append)[LAYER]
     assert [set(point.seconds) for point in points] == [
         {"dense", "small_m"},
-        {"dense", "small_m", "tiled"},  # a shape that expanded refuses
-        {"dense", "small_m", "tiled", "expanded"},
+        {"dense", "small_m", "tiled", "warpgroup"},  # a shape that expanded refuses
+        {"dense", "small_m", "tiled", "warpgroup", "expanded"},
         {"dense", "small_m", "tiled", "expanded"},
         {"dense", "tiled", "expanded"},
     ]
@@ -77,18 +79,42 @@ def test_every_method_is_measured_until_it_is_hopeless() -> None:
     assert [table.choose(M, LAYER, False).method for M in (1, 64, 100)] == ["small_m", "tiled", "expanded"]
 
 
+@pytest.mark.parametrize("layer", [LAYER, (48, 136, "int8")])
+@pytest.mark.parametrize("wrong", ["a tile", "a NaN"])
+def test_a_kernel_that_computes_something_else_is_not_used(layer: tuple[int, int, str], wrong: str) -> None:
+    def spoil(y: Tensor) -> Tensor:
+        y[-8:, -8:] = y[-8:, -8:].flip(0) if wrong == "a tile" else torch.nan
+        return y
+
+    class Wrong(Rehearsal):
+        @staticmethod
+        def tiled(*weight: Any, planner: Any, **options: Any) -> Tensor:
+            y = Rehearsal.tiled(*weight, **options)
+            return spoil(y) if planner is warpgroup.plan else y
+
+        @staticmethod
+        def weight_only(*weight: Any, method: str, **options: Any) -> Tensor:
+            y = Rehearsal.weight_only(*weight, **options)
+            return spoil(y) if method == "warpgroup" else y
+
+    with pytest.warns(UserWarning, match=r"warpgroup computes \(48, 136, .*\) wrongly at 64 rows"):
+        (point,) = tune(Wrong(), [layer], [64])[layer]
+    assert set(point.seconds) == {"dense", "small_m", "tiled", "expanded"}
+
+
 @pytest.mark.parametrize("values", ["int8", "int4 g64", "float8_e4m3fn"])
 def test_quantized_layers_are_measured(values: str, monkeypatch: pytest.MonkeyPatch) -> None:
     machine, layer = Rehearsal(), (48, 136, values)
     for point in tune(machine, [layer], [1, 64])[layer]:
-        assert set(point.seconds) == {"dense", "small_m"} | ({"tiled", "expanded"} if point.rows > 32 else set())
+        assert set(point.seconds) == {"dense", "small_m"} | (MANY_ROWS if point.rows > 32 else set())
     machine.has_cusparselt = True
     monkeypatch.setattr(cusparselt, "fits", lambda *_: True)
     monkeypatch.setattr(cusparselt, "compress", lambda dense: dense)
     called = []
 
-    def multiply(x: Tensor, weight: Tensor, w_scale: Tensor, bias: None, algorithm: Algorithm) -> None:
+    def multiply(x: Tensor, weight: Tensor, w_scale: Tensor, bias: None, algorithm: Algorithm) -> Tensor:
         called.append((weight.shape, w_scale.shape, algorithm))
+        return x @ (weight.to(x.dtype) * w_scale[:, None].to(x.dtype)).T
 
     def search(compressed: Tensor, right: Tensor, *rest: Any) -> tuple[int, int, int, int]:
         assert rest == (None, None, torch.bfloat16, True)

@@ -43,7 +43,7 @@ from tests.conversion.models import CONFIGS, make_model, packed
 
 def code_of(weight: str) -> bytes:
     """What the operator and the fake driver read of PTX."""
-    names = ["expand", *(kernel.name for kernel in reversed(linear_kernels(Types(weight, "Fp16"))))]
+    names = ["expand", *(kernel.entry.name for kernel in reversed(linear_kernels(Types(weight, "Fp16"))))]
     return "".join(["//\n", *(f".visible .entry {name}(\n" for name in names)]).encode()
 
 
@@ -120,7 +120,7 @@ def test_the_operator(weight: str, N: int, K: int, cuda: FakeCuda, use_types: Ca
             assert error < 2e-3
             M = x.shape[:-1].numel()
             cut = plan(M, N, K, MULTIPROCESSORS) if M <= MAX_ROWS else tiled.plan(M, N, K, MULTIPROCESSORS, types)
-            assert cuda.launches() == [" ".join([cut.kernel.name, *map(str, cut.grid)])]
+            assert cuda.launches() == [" ".join([cut.kernel.entry.name, *map(str, cut.grid)])]
             splits.append(cut.splits)
         assert (max(splits) > 1) == (K > 128)
         (y,) = run.run(None, {"x": np.zeros((2, 0, K), np.float16)})
@@ -261,7 +261,7 @@ def test_the_code_in_the_file_is_the_kernels(tmp_path: Path) -> None:
     text = numpy_helper.to_array(code).tobytes().decode()
     assert text == nvrtc.compile_source(source(Types("W4", "Fp16")), ARCHITECTURE).code.rstrip(b"\0").decode()
     for kernel in linear_kernels(Types("W4", "Fp16")):
-        assert f".entry {kernel.name}(" in text
+        assert f".entry {kernel.entry.name}(" in text
     products = [node for node in model.graph.node if node.op_type == "MatMul"]
     assert [node.input[1] for node in products] == ["lm_head.MatMul.weight"]
     stored = {each.name: numpy_helper.to_array(each).nbytes for each in model.graph.initializer}

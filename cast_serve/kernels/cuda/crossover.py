@@ -20,16 +20,18 @@ from cast_serve.kernels.cuda.plan import Types
 from conversion.atomic import write_text
 from conversion.quantization.formats import FORMATS
 
-Method = Literal["small_m", "tiled", "expanded", "cusparselt"]
-"""The kernels for few and for many rows, both on the packed weight; cuBLAS on the weight, made dense for the call;
-cuSPARSELt on its own copy."""
+Method = Literal["small_m", "tiled", "warpgroup", "expanded", "cusparselt"]
+"""The kernels for few and for many rows, and that for many on Hopper, on the packed weight; cuBLAS on the weight, made
+dense for the call; cuSPARSELt on its own copy."""
 METHODS: tuple[Method, ...] = get_args(Method)
+_MODELLED: tuple[Method, ...] = ("small_m", "tiled", "expanded", "cusparselt")
+"""Chosen where nothing was measured. Not the kernel for Hopper: no GPU has confirmed its model yet."""
 DENSE = "dense"
 """In tables also: cuBLAS on a dense weight, to compare with."""
 
 Layer = tuple[int, int, str]
 """out_features, columns, and values as `values_name` says them."""
-_VERSION = 4  # of the file that a table is kept in
+_VERSION = 5  # of the file that a table is kept in
 _KERNEL_TYPES = {"int8": "W8", "float8_e4m3fn": "F8", "int4": "W4"}
 _BITS = {"bfloat16": 16, "float16": 16} | {name: values.bits for name, values in FORMATS.items()}
 
@@ -137,7 +139,8 @@ class Table:
         allowed = METHODS if with_cusparselt else tuple(method for method in METHODS if method != "cusparselt")
         measured = self.points.get(layer)
         if measured is None:
-            return Choice(min(allowed, key=lambda method: modelled_seconds(method, M, layer, self.device)))
+            modelled = [method for method in _MODELLED if method in allowed]
+            return Choice(min(modelled, key=lambda method: modelled_seconds(method, M, layer, self.device)))
         point = measured[min(bisect_left([point.rows for point in measured], M), len(measured) - 1)]
         known = [method for method in allowed if method in point.seconds]
         best = min(known, key=lambda method: point.seconds[method])

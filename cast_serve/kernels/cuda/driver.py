@@ -1,12 +1,14 @@
 """Loads and launches kernels through the CUDA driver, on torch's current device and stream."""
 
 import ctypes
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
 
+from cast_serve.kernels.cuda.arguments import TensorMap, WarpgroupArguments
 from cast_serve.kernels.cuda.nvrtc import cached_code, target
+from cast_serve.kernels.cuda.plan import Entry
 
 
 @cache
@@ -29,12 +31,7 @@ class Kernels:
         self._functions: dict[str, Any] = {}
 
     def launch(
-        self,
-        name: str,
-        grid: tuple[int, int, int],
-        threads: int,
-        arguments: ctypes.Structure,
-        overlap: bool = False,
+        self, entry: Entry, grid: tuple[int, int, int], arguments: ctypes.Structure, overlap: bool = False
     ) -> None:
         """Launch on the current stream of the current device a kernel whose one parameter is `arguments`.
 
@@ -42,29 +39,66 @@ class Kernels:
             overlap: let it begin before the stream's previous kernel has ended (sm_90 and newer): it waits by itself,
                 with griddepcontrol.wait.
         """
-        function = self._functions.get(name)
-        if function is None:
-            function = self._functions[name] = _check(self._driver.cuModuleGetFunction(self._module, name.encode()))
+        function = self._functions.get(entry.name) or self._function(entry)
+        if isinstance(arguments, WarpgroupArguments):
+            arguments = WarpgroupArguments(_encoded(arguments.x), arguments.linear)
         parameters = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
         stream = torch.cuda.current_stream().cuda_stream
         if overlap:
-            config = self._overlapping(grid, threads, stream)
+            config = self._overlapping(entry, grid, stream)
             _check(self._driver.cuLaunchKernelEx(config, function, ctypes.addressof(parameters), 0))
         else:
-            where = (*grid, threads, 1, 1, 0, stream)
+            where = (*grid, entry.threads, 1, 1, entry.shared_bytes, stream)
             _check(self._driver.cuLaunchKernel(function, *where, ctypes.addressof(parameters), 0))
 
-    def _overlapping(self, grid: tuple[int, int, int], threads: int, stream: int) -> Any:
+    def _function(self, entry: Entry) -> Any:
+        function = _check(self._driver.cuModuleGetFunction(self._module, entry.name.encode()))
+        if entry.shared_bytes:
+            attribute = self._driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            _check(self._driver.cuFuncSetAttribute(function, attribute, entry.shared_bytes))
+        self._functions[entry.name] = function
+        return function
+
+    def _overlapping(self, entry: Entry, grid: tuple[int, int, int], stream: int) -> Any:
         driver = self._driver
         attribute = driver.CUlaunchAttribute()
         attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
         attribute.value.programmaticStreamSerializationAllowed = 1
         config = driver.CUlaunchConfig()
         config.gridDimX, config.gridDimY, config.gridDimZ = grid
-        config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
+        config.blockDimX, config.blockDimY, config.blockDimZ = entry.threads, 1, 1
+        config.sharedMemBytes = entry.shared_bytes
         config.hStream = driver.CUstream(stream)
         config.attrs, config.numAttrs = [attribute], 1
         return config
+
+
+def _encoded(described: TensorMap) -> TensorMap:
+    """The same as the GPU takes it: 16-bit values, rows of 128 bytes swizzled, zeros outside."""
+    fields = (described.columns, described.rows, described.stride, described.box_columns, described.box_rows)
+    return TensorMap.from_buffer_copy(_encode(described.address, *fields))
+
+
+@lru_cache(4096)
+def _encode(address: int, columns: int, rows: int, stride: int, box_columns: int, box_rows: int) -> bytes:
+    from cuda.bindings import driver
+
+    encoded = _check(
+        driver.cuTensorMapEncodeTiled(
+            driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_UINT16,
+            2,
+            address,
+            [driver.cuuint64_t(columns), driver.cuuint64_t(rows)],
+            [driver.cuuint64_t(stride)],
+            [driver.cuuint32_t(box_columns), driver.cuuint32_t(box_rows)],
+            [driver.cuuint32_t(1), driver.cuuint32_t(1)],
+            driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+            driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+            driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+            driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+        )
+    )
+    return b"".join(int(word).to_bytes(8, "little") for word in encoded.opaque)
 
 
 def _check(result: tuple[Any, ...]) -> Any:

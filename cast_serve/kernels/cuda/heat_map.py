@@ -4,7 +4,7 @@ from pathlib import Path
 
 from cast_serve.kernels.cuda.crossover import DENSE, METHODS, Layer, Point
 
-_LETTERS = {"small_m": "s", "tiled": "t", "expanded": "e", "cusparselt": "c"}
+_LETTERS = {"small_m": "s", "tiled": "t", "warpgroup": "w", "expanded": "e", "cusparselt": "c"}
 
 
 def draw(points: dict[Layer, list[Point]], path: Path, title: str) -> None:

@@ -8,11 +8,18 @@ import torch
 from torch import Tensor
 
 from cast_serve.kernels.cuda import nvrtc, tiled
-from cast_serve.kernels.cuda.arguments import ExpandArguments, LinearArguments, QuantizeArguments
+from cast_serve.kernels.cuda.arguments import (
+    ExpandArguments,
+    LinearArguments,
+    QuantizeArguments,
+    TensorMap,
+    WarpgroupArguments,
+)
 from cast_serve.kernels.cuda.layout import STEP, to_fragments
-from cast_serve.kernels.cuda.plan import Plan, Types
+from cast_serve.kernels.cuda.plan import Entry, Plan, Types
 from cast_serve.kernels.cuda.small_m import plan
 from cast_serve.kernels.cuda.source import source
+from cast_serve.kernels.cuda.warpgroup import WarpgroupTile
 from conversion.errors import InputError
 from conversion.packed import check_bitmask
 
@@ -27,16 +34,19 @@ TYPES = {
 """By dtypes of weight and y."""
 DTYPES = {"Bf16": torch.bfloat16, "Fp16": torch.float16}
 
-Launch = Callable[[Types, str, tuple[int, int, int], int, ctypes.Structure, bool], None]
-"""Of the kernel with this name: types, name, grid, threads in a block, arguments, overlap."""
+Launch = Callable[[Types, Entry, tuple[int, int, int], ctypes.Structure, bool], None]
+"""Of a kernel for these types: types, kernel, grid, arguments, overlap."""
+Planner = Callable[[int, int, int, int, Types], Plan]
+"""M, N, K, multiprocessors, types: the kernel for many rows of x that computes that, and how."""
 
 
 def launch_on_gpu(
-    types: Types, name: str, grid: tuple[int, int, int], threads: int, arguments: ctypes.Structure, overlap: bool
+    types: Types, entry: Entry, grid: tuple[int, int, int], arguments: ctypes.Structure, overlap: bool
 ) -> None:
     from cast_serve.kernels.cuda.driver import kernels
 
-    kernels(source(types), torch.cuda.current_device()).launch(name, grid, threads, arguments, overlap)
+    device = torch.cuda.current_device()
+    kernels(source(types, hopper=is_hopper(device)), device).launch(entry, grid, arguments, overlap)
 
 
 def packed_linear(
@@ -66,7 +76,7 @@ def packed_linear(
         types: of the kernel, where dtypes do not say it: weights of "W8", "F8" or "W4", see `weight_only`, whose
             w_scale is [row tiles, groups, 16], of `group_steps` steps each.
         cut: the kernel, and the call cut into blocks: `small_m.plan`, which is the default and reads the weight once
-            for each 64 rows of x, or `tiled.plan`.
+            for each 64 rows of x, `tiled.plan`, or `warpgroup.plan` on Hopper.
         overlap: begin to read the weight while the stream's previous kernel still runs (sm_90 and newer), which must
             not be one that writes the weight.
 
@@ -94,8 +104,12 @@ def packed_linear(
         *(M, out_features, K, cut.row_tiles, cut.steps, cut.steps_per_split),
         *_groups(w_scale, group_steps),
     )
-    types = types or TYPES[fragments.dtype, y.dtype]
-    (launch or launch_on_gpu)(types, cut.kernel.name, cut.grid, 32 * cut.kernel.warps, arguments, overlap)
+    types, launch = types or TYPES[fragments.dtype, y.dtype], launch or launch_on_gpu
+    if isinstance(cut.kernel, WarpgroupTile):
+        boxes = TensorMap(x.data_ptr(), K, M, x.stride(0) * x.itemsize, STEP, cut.kernel.box_rows)
+        launch(types, cut.kernel.entry, cut.grid, WarpgroupArguments(boxes, arguments), overlap)
+    else:
+        launch(types, cut.kernel.entry, cut.grid, arguments, overlap)
     return y
 
 
@@ -106,12 +120,13 @@ def tiled_linear(
     out_features: int,
     bias: Tensor | None = None,
     *,
+    planner: Planner = tiled.plan,
     cut: Plan | None = None,
     launch: Launch | None = None,
 ) -> Tensor:
-    """`packed_linear` of 16-bit types by the kernel for many rows of x."""
+    """`packed_linear` of 16-bit types by a kernel for many rows of x: `planner`'s, `tiled.plan` or `warpgroup.plan`."""
     types = TYPES[fragments.dtype, x.dtype]
-    cut = cut or tiled.plan(len(x), out_features, x.shape[1], multiprocessors(x.device), types)
+    cut = cut or planner(len(x), out_features, x.shape[1], multiprocessors(x.device), types)
     return packed_linear(x, fragments, metadata, out_features, bias, cut=cut, launch=launch)
 
 
@@ -152,7 +167,7 @@ def expand(
     pointers = (fragments.data_ptr(), metadata.data_ptr(), scales, dense.data_ptr())
     sizes = (out_features, columns, row_tiles, steps, *_groups(w_scale, group_steps))
     arguments = ExpandArguments(*pointers, *sizes)
-    (launch or launch_on_gpu)(types, "expand", (-(-row_tiles * steps // 8), 1, 1), 256, arguments, False)
+    (launch or launch_on_gpu)(types, Entry("expand", 256), (-(-row_tiles * steps // 8), 1, 1), arguments, False)
     return dense
 
 
@@ -166,7 +181,8 @@ def quantize_rows(x: Tensor, dtype: torch.dtype, *, launch: Launch | None = None
         x = in_rows_of_16_bytes(x)
         pointers = (x.data_ptr(), quantized.data_ptr(), scale.data_ptr())
         arguments = QuantizeArguments(*pointers, x.stride(0), quantized.stride(0), K)
-        (launch or launch_on_gpu)(TYPES[dtype, x.dtype], "quantize_rows", (M, 1, 1), 256, arguments, False)
+        entry = Entry("quantize_rows", 256)
+        (launch or launch_on_gpu)(TYPES[dtype, x.dtype], entry, (M, 1, 1), arguments, False)
     return quantized, scale
 
 
@@ -222,7 +238,8 @@ def prepare(types: Types, device: torch.device) -> None:
     if device.type == "cuda":
         from cast_serve.kernels.cuda.driver import kernels
 
-        kernels(source(types), torch.cuda.current_device() if device.index is None else device.index)
+        index = torch.cuda.current_device() if device.index is None else device.index
+        kernels(source(types, hopper=is_hopper(index)), index)
 
 
 class Ring:
@@ -255,6 +272,11 @@ def ring(device: torch.device) -> Ring:
     if device not in _rings:
         _rings[device] = Ring(device)
     return _rings[device]
+
+
+def is_hopper(device: int) -> bool:
+    """Whether the GPU with this index runs sm_90a's code."""
+    return torch.cuda.get_device_capability(device) == (9, 0)
 
 
 def multiprocessors(device: torch.device) -> int:

@@ -2,7 +2,7 @@
 
 import importlib.util
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -12,13 +12,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from cast_serve.kernels.cuda import cusparselt, nvrtc
+from cast_serve.kernels.cuda import cusparselt, nvrtc, tiled, warpgroup
 from cast_serve.kernels.cuda.cusparselt import DEFAULT, Algorithm
 from cast_serve.kernels.cuda.layout import from_fragments
 from cast_serve.kernels.cuda.linear import (
     TYPES,
     Launch,
+    Planner,
     expand,
+    is_hopper,
     multiprocessors,
     packed_linear,
     quantize_rows,
@@ -31,7 +33,7 @@ from cast_serve.kernels.cuda.timing import copies, copy_bandwidth, seconds_per_c
 from cast_serve.kernels.cuda.weight_only import WEIGHT_ONLY, Method, weight_only_linear
 from conversion.quantization.formats import Quantization
 
-Call = Callable[[], object]
+Call = Callable[[], Tensor]
 
 
 class Gpu:
@@ -41,6 +43,7 @@ class Gpu:
         self.device = torch.device("cuda", torch.cuda.current_device())
         self.multiprocessors = multiprocessors(self.device)
         self.capability = torch.cuda.get_device_capability(self.device)
+        self.is_hopper = is_hopper(self.device.index)
         self.has_cusparselt = cusparselt.available()
         self.has_triton = importlib.util.find_spec("triton") is not None
 
@@ -76,13 +79,13 @@ class Gpu:
         architecture = nvrtc.target(self.capability)
         with ThreadPoolExecutor() as threads:
             for types in (*TYPES.values(), *WEIGHT_ONLY):
-                threads.submit(nvrtc.cached_code, source(types), architecture)
+                threads.submit(nvrtc.cached_code, source(types, hopper=self.is_hopper), architecture)
 
     def launcher(self, linear: tuple[Kernel, ...], dtype: torch.dtype) -> Launch:
         """Launches other kernels than the usual ones."""
         from cast_serve.kernels.cuda.driver import kernels
 
-        loaded = kernels(source(TYPES[dtype, dtype], linear), self.device.index)
+        loaded = kernels(source(TYPES[dtype, dtype], linear, hopper=self.is_hopper), self.device.index)
         return lambda _, *launch: loaded.launch(*launch)
 
 
@@ -91,7 +94,7 @@ class Candidate:
     """One way to compute a layer.
 
     Attributes:
-        calls: one for each copy of the weight.
+        calls: one for each copy of the weight, with the same inputs in turn for every candidate of a layer.
         weight_bytes: that a call reads.
         algorithm: of cuSPARSELt, the fastest.
     """
@@ -111,54 +114,61 @@ class Layer:
         self.dense_bytes, self.packed_bytes = dense.nbytes, fragments.nbytes + metadata.nbytes
         self.dense = [dense.clone() for _ in range(machine.copies(dense.nbytes))]
         self.packed = [(fragments.clone(), metadata.clone()) for _ in range(machine.copies(self.packed_bytes))]
+        self._x: list[Tensor] = []
         self.compressed: list[Tensor] = []
         if machine.has_cusparselt and cusparselt.fits(N, K):
             self.compressed = _copies(machine, cusparselt.compress, dense)
 
-    def inputs(self, M: int) -> list[Tensor]:
-        return [torch.randn(M, self.K, device=self.machine.device).to(self.dtype) for _ in range(8)]
+    def _inputs(self, M: int) -> Iterator[Tensor]:
+        """Random ones without end, the same whenever asked for with one M after the other."""
+        if not self._x or len(self._x[0]) != M:
+            self._x = [torch.randn(M, self.K, device=self.machine.device).to(self.dtype) for _ in range(8)]
+        return cycle(self._x)
 
     def cublas(self, M: int) -> list[Call]:
         """Calls of torch's product, one for each copy of the dense weight."""
-        x = cycle(self.inputs(M))
-        return [partial(linear, next(x), dense) for dense in self.dense]
+        return [partial(linear, x, dense) for x, dense in zip(self._inputs(M), self.dense, strict=False)]
 
     def small_m(
         self, M: int, cut: Plan | None = None, launch: Launch | None = None, overlap: bool = False
     ) -> list[Call]:
         """Calls of the kernel for few rows, one for each copy of the weight."""
-        x, call = cycle(self.inputs(M)), partial(self.machine.small_m, cut=cut, launch=launch, overlap=overlap)
-        return [partial(call, next(x), fragments, metadata, self.N) for fragments, metadata in self.packed]
+        return self._packed_calls(M, partial(self.machine.small_m, cut=cut, launch=launch, overlap=overlap))
 
-    def tiled(self, M: int, cut: Plan | None = None, launch: Launch | None = None) -> list[Call]:
-        """Calls of the kernel for many rows, one for each copy of the weight."""
-        x, call = cycle(self.inputs(M)), partial(self.machine.tiled, cut=cut, launch=launch)
-        return [partial(call, next(x), fragments, metadata, self.N) for fragments, metadata in self.packed]
+    def tiled(
+        self, M: int, cut: Plan | None = None, launch: Launch | None = None, planner: Planner = tiled.plan
+    ) -> list[Call]:
+        """Calls of a kernel for many rows, one for each copy of the weight."""
+        return self._packed_calls(M, partial(self.machine.tiled, planner=planner, cut=cut, launch=launch))
+
+    def _packed_calls(self, M: int, multiply: Callable[..., Tensor]) -> list[Call]:
+        pairs = zip(self._inputs(M), self.packed, strict=False)
+        return [partial(multiply, x, fragments, metadata, self.N) for x, (fragments, metadata) in pairs]
 
     def triton(self, M: int) -> list[Call]:
         """Calls of the Triton kernel, one for each copy of the portable weight."""
-        x = cycle(self.inputs(M))
         portable = [from_fragments(*packed, self.N, self.K) for packed in self.packed]
-        return [partial(self.machine.triton, next(x), *weight) for weight in portable]
+        return [partial(self.machine.triton, x, *weight) for x, weight in zip(self._inputs(M), portable, strict=False)]
 
-    def _expanded(self, x: Tensor, fragments: Tensor, metadata: Tensor) -> Tensor:
-        return linear(x, self.machine.expand(fragments, metadata, self.N, self.K))
+    def _expanded(self, x: Tensor, fragments: Tensor, metadata: Tensor, out_features: int) -> Tensor:
+        return linear(x, self.machine.expand(fragments, metadata, out_features, self.K))
 
     def candidates(self, M: int) -> dict[str, Candidate]:
         """By name: "dense" (cuBLAS on a dense weight) and those of `crossover.Method`."""
-        x = cycle(self.inputs(M))
         found = {
             "dense": Candidate(self.cublas(M), self.dense_bytes),
             "small_m": Candidate(self.small_m(M), self.packed_bytes),
         }
         if M > 32:
             found["tiled"] = Candidate(self.tiled(M), self.packed_bytes)
-            calls: list[Call] = [partial(self._expanded, next(x), *packed) for packed in self.packed]
-            found["expanded"] = Candidate(calls, self.packed_bytes)
+            found["expanded"] = Candidate(self._packed_calls(M, self._expanded), self.packed_bytes)
+        if M > 32 and self.machine.is_hopper:
+            found["warpgroup"] = Candidate(self.tiled(M, planner=warpgroup.plan), self.packed_bytes)
         if self.compressed:
-            algorithm = fastest(next(x), self.compressed[0])
-            multiply = [partial(cusparselt.linear, next(x), weight, None, algorithm) for weight in self.compressed]
-            found["cusparselt"] = Candidate(multiply, self.packed_bytes, algorithm)
+            algorithm = fastest(next(self._inputs(M)), self.compressed[0])
+            pairs = zip(self._inputs(M), self.compressed, strict=False)
+            calls = [partial(cusparselt.linear, x, weight, None, algorithm) for x, weight in pairs]
+            found["cusparselt"] = Candidate(calls, self.packed_bytes, algorithm)
         return found
 
 
@@ -180,24 +190,24 @@ class QuantizedLayer:
     def candidates(self, M: int) -> dict[str, Candidate]:
         """By name, as `Layer.candidates`."""
         machine, bits, group_size = self.machine, self.quantization.values.bits, self.quantization.group_size
-        x = cycle([torch.randn(M, self.K, device=machine.device).bfloat16() for _ in range(8)])
+        x = [torch.randn(M, self.K, device=machine.device).bfloat16() for _ in range(8)]
+
+        def calls(multiply: Callable[..., Tensor], weights: list[Tensor], *rest: object) -> list[Call]:
+            return [partial(multiply, each, weight, *rest) for each, weight in zip(cycle(x), weights, strict=False)]
 
         def packed(method: Method) -> Candidate:
-            call = partial(machine.weight_only, method=method)
-            calls = [partial(call, next(x), weight, self.N, bits, group_size) for weight in self.packed]
-            return Candidate(calls, self.packed[0].nbytes)
+            multiply = partial(machine.weight_only, method=method)
+            return Candidate(calls(multiply, self.packed, self.N, bits, group_size), self.packed[0].nbytes)
 
-        found = {
-            "dense": Candidate([partial(linear, next(x), dense) for dense in self.dense], self.dense[0].nbytes),
-            "small_m": packed("small_m"),
-        }
+        found = {"dense": Candidate(calls(linear, self.dense), self.dense[0].nbytes), "small_m": packed("small_m")}
         if M > 32:
             found |= {"tiled": packed("tiled"), "expanded": packed("expanded")}
+        if M > 32 and machine.is_hopper:
+            found["warpgroup"] = packed("warpgroup")
         if self.compressed:
-            algorithm = fastest(next(x).to(self.quantization.values.dtype), self.compressed[0])
+            algorithm = fastest(x[0].to(self.quantization.values.dtype), self.compressed[0])
             multiply = partial(cusparselt.linear_rounding, w_scale=self.scale, bias=None, algorithm=algorithm)
-            calls = [partial(multiply, next(x), weight) for weight in self.compressed]
-            found["cusparselt"] = Candidate(calls, self.compressed[0].nbytes, algorithm)
+            found["cusparselt"] = Candidate(calls(multiply, self.compressed), self.compressed[0].nbytes, algorithm)
         return found
 
 

@@ -72,11 +72,13 @@ def compile_source(source: str, architecture: str) -> Compiled:
 
 
 def target(capability: tuple[int, int]) -> str:
-    """What to compile for: the device, or for one newer than NVRTC the newest PTX, which the driver compiles on."""
+    """What to compile for: the device (Hopper with wgmma), or the newest PTX, which the driver compiles on."""
     nvrtc = _nvrtc()
     _, count = nvrtc.nvrtcGetNumSupportedArchs()
     known = nvrtc.nvrtcGetSupportedArchs()[1] if count else []
     wanted = capability[0] * 10 + capability[1]
+    if wanted == 90:
+        return "sm_90a"
     return f"sm_{wanted}" if wanted in known else f"compute_{max(arch for arch in known if arch <= wanted)}"
 
 

@@ -1,7 +1,24 @@
 """What a kernel is made for, and how one call of it is cut into blocks."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A function of a module, and what does not change from launch to launch.
+
+    Attributes:
+        threads: of a block.
+        cluster: blocks along the grid's first axis that run together, as the kernel was compiled.
+        shared_bytes: of shared memory that a block has besides what the kernel declares.
+    """
+
+    name: str
+    threads: int
+    cluster: int = 1
+    shared_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -16,22 +33,21 @@ class Types:
         """Whether products are of 8-bit values, rows of x rounded to the weight's type."""
         return self.weight in ("S8", "E4m3")
 
+    def macro(self, name: str, entry: Entry, arguments: Iterable[int]) -> str:
+        """The macro `name` that makes a kernel for these types with such template arguments."""
+        return f"{name}({entry.name}, {self.weight}, {self.output}, {', '.join(map(str, arguments))})"
+
 
 class Kernel(Protocol):
     """Template arguments of a linear kernel.
 
     Attributes:
-        column_tiles: rows of x in a warp, by 8.
-        warps: in a block.
+        entry: that is made of it.
         blocks: of a multiprocessor, for which registers are shared out.
     """
 
     @property
-    def name(self) -> str: ...
-    @property
-    def column_tiles(self) -> int: ...
-    @property
-    def warps(self) -> int: ...
+    def entry(self) -> Entry: ...
     @property
     def blocks(self) -> int: ...
     def macro(self, types: Types) -> str:

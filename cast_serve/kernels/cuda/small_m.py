@@ -1,10 +1,10 @@
 """The kernel for few rows of x: its variants, and how one call is cut into blocks."""
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 
 from cast_serve.kernels.cuda.layout import ROWS, STEP
-from cast_serve.kernels.cuda.plan import Plan, Types
+from cast_serve.kernels.cuda.plan import Entry, Plan, Types
 
 
 @dataclass(frozen=True)
@@ -27,16 +27,16 @@ class Variant:
     depth: int = 4
     blocks: int = 2
 
+    @cached_property
+    def entry(self) -> Entry:
+        return Entry("small_m_" + "_".join(map(str, self._arguments)), 32 * self.warps)
+
     @property
-    def name(self) -> str:
-        arguments = (self.column_tiles, self.row_tiles, self.warps, self.warps_k, self.depth, self.blocks)
-        return "small_m_" + "_".join(map(str, arguments))
+    def _arguments(self) -> tuple[int, ...]:
+        return (self.column_tiles, self.row_tiles, self.warps, self.warps_k, self.depth, self.blocks)
 
     def macro(self, types: Types) -> str:
-        return (
-            f"CAST24_SMALL_M({self.name}, {types.weight}, {types.output}, {self.column_tiles}, {self.row_tiles}, "
-            f"{self.warps}, {self.warps_k}, {self.depth}, {self.blocks})"
-        )
+        return types.macro("CAST24_SMALL_M", self.entry, self._arguments)
 
 
 VARIANTS = (

@@ -2,10 +2,10 @@
 
 import math
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 
 from cast_serve.kernels.cuda.layout import ROWS, STEP
-from cast_serve.kernels.cuda.plan import Plan, Types
+from cast_serve.kernels.cuda.plan import Entry, Plan, Types
 
 
 @dataclass(frozen=True)
@@ -25,13 +25,9 @@ class Tile:
     warps_n: int = 4
     blocks: int = 1
 
-    @property
-    def name(self) -> str:
-        return "tiled_" + "_".join(map(str, self._arguments))
-
-    @property
-    def warps(self) -> int:
-        return self.warps_m * self.warps_n
+    @cached_property
+    def entry(self) -> Entry:
+        return Entry("tiled_" + "_".join(map(str, self._arguments)), 32 * self.warps_m * self.warps_n)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -43,10 +39,10 @@ class Tile:
         return (self.column_tiles, self.row_tiles, self.warps_m, self.warps_n, self.blocks)
 
     def macro(self, types: Types) -> str:
-        return f"CAST24_TILED({self.name}, {types.weight}, {types.output}, {', '.join(map(str, self._arguments))})"
+        return types.macro("CAST24_TILED", self.entry, self._arguments)
 
 
-_WEIGHT_BYTES = {"Bf16": 72, "Fp16": 72, "W8": 40, "F8": 40, "W4": 24}
+WEIGHT_BYTES = {"Bf16": 72, "Fp16": 72, "W8": 40, "F8": 40, "W4": 24}
 """Of a row of the weight in a step of 64 columns; a row of x has 128."""
 
 
@@ -92,7 +88,7 @@ def work(cut: Plan, tile: Tile, multiprocessors: int, types: Types) -> Work:
     """Of a call cut into tiles."""
     rows, columns = tile.shape
     blocks = -(-math.prod(cut.grid) // multiprocessors)
-    of_step = 128 * rows + _WEIGHT_BYTES[types.weight] * columns
+    of_step = 128 * rows + WEIGHT_BYTES[types.weight] * columns
     # sums of splits are written once, and read by the block that adds them up
     sums = 4 * rows * columns * (1 + cut.splits) if cut.splits > 1 else 0
     steps = blocks * cut.steps_per_split

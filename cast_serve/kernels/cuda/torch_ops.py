@@ -18,7 +18,7 @@ from torch import Tensor
 from cast_serve.kernels.cuda import cusparselt, dense_quantized, weight_only
 from cast_serve.kernels.cuda.crossover import table, values_name
 from cast_serve.kernels.cuda.linear import check, expand, is_portable, packed_linear, prepack, tiled_linear
-from cast_serve.kernels.cuda.weight_only import parts, weight_only_linear
+from cast_serve.kernels.cuda.weight_only import PLANNERS, parts, weight_only_linear
 from conversion.errors import InputError
 
 
@@ -48,8 +48,8 @@ def _multiply(
     choice = table(rows.device.index).choose(M, layer, compressed is not None)
     if choice.method == "small_m" or M == 0:
         return packed_linear(rows, fragments, metadata, out_features, bias)
-    if choice.method == "tiled":
-        return tiled_linear(rows, fragments, metadata, out_features, bias)
+    if planner := PLANNERS.get(choice.method):
+        return tiled_linear(rows, fragments, metadata, out_features, bias, planner=planner)
     if choice.method == "cusparselt" and compressed is not None:
         return cusparselt.linear(rows, compressed, bias, choice.algorithm)
     return torch.nn.functional.linear(rows, expand(fragments, metadata, out_features, columns), bias)

@@ -1,9 +1,11 @@
 """Measures every way to compute a model's packed layers, over rows of x, for `crossover` to choose by."""
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from cast_serve.kernels.cuda import measurement
 from cast_serve.kernels.cuda.crossover import DENSE, METHODS, Layer, Point, values_name
@@ -64,10 +66,14 @@ def _tune_layer(machine: Gpu, layer: Layer, rows: Sequence[int], advance: Callab
     for M in rows:
         seconds: dict[str, float] = {}
         candidates = measured.candidates(M)
+        expected = candidates[DENSE].calls[0]()
         for name, candidate in candidates.items():
             if name in hopeless:
                 continue
             try:
+                if not _agree(candidate.calls[0](), expected):
+                    warnings.warn(f"{name} computes {layer} wrongly at {M} rows and is not used there", stacklevel=2)
+                    continue
                 seconds[name] = machine.seconds(candidate.calls)
             except RuntimeError:  # a library refuses this shape: it is not chosen for it
                 continue
@@ -79,6 +85,12 @@ def _tune_layer(machine: Gpu, layer: Layer, rows: Sequence[int], advance: Callab
         points.append(Point(M, seconds, algorithm))
         advance(1)
     return points
+
+
+def _agree(y: Tensor, expected: Tensor) -> bool:
+    """Whether they differ by no more than rounding; in a wrong tile some value is as far off as values are large."""
+    expected = expected.float()
+    return bool((y.float() - expected).abs().max() < expected.square().mean().sqrt())
 
 
 def _copies(machine: Gpu, layer: Layer) -> measurement.Layer | measurement.QuantizedLayer:

@@ -11,9 +11,9 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from cast_serve.kernels.cuda import tiled
+from cast_serve.kernels.cuda import tiled, warpgroup
 from cast_serve.kernels.cuda.layout import LANES, ROWS, STEP, to_fragments
-from cast_serve.kernels.cuda.linear import Launch, expand, multiprocessors, packed_linear, prepare
+from cast_serve.kernels.cuda.linear import Launch, Planner, expand, multiprocessors, packed_linear, prepare
 from cast_serve.kernels.cuda.plan import Plan, Types
 from conversion.errors import InputError
 from conversion.quantization.formats import INT4, decode, groups_of
@@ -22,7 +22,8 @@ OUTPUTS = {torch.bfloat16: "Bf16", torch.float16: "Fp16"}
 WEIGHT_ONLY = [Types(weight, output) for weight in ("W8", "F8", "W4") for output in OUTPUTS.values()]
 
 
-Method = Literal["small_m", "tiled", "expanded"]
+Method = Literal["small_m", "tiled", "warpgroup", "expanded"]
+PLANNERS: dict[str, Planner] = {"tiled": tiled.plan, "warpgroup": warpgroup.plan}
 
 
 class Parts(NamedTuple):
@@ -137,9 +138,9 @@ def weight_only_linear(
     """x [M, K] bfloat16 or float16 times what `pack` returns, plus bias of x's dtype: [M, out_features] of x's dtype.
 
     Args:
-        method: the kernel for few rows, or the one for many; "expanded" makes the weight dense for the call, and lets
-            cuBLAS multiply.
-        cut: the call cut into blocks, for one of the two kernels.
+        method: the kernel for few rows, or one of those for many, of which "warpgroup" rounds the weight to x's dtype
+            where a row has several scales; "expanded" makes the weight dense for the call, and lets cuBLAS multiply.
+        cut: the call cut into blocks, for one of the kernels.
     """
     K = x.shape[1]
     fragments, metadata, scale = parts(packed, out_features, K, bits, group_size)
@@ -154,8 +155,8 @@ def weight_only_linear(
             launch=launch,
         )
         return torch.nn.functional.linear(x, dense, bias)
-    if method == "tiled" and cut is None:
-        cut = tiled.plan(len(x), out_features, K, multiprocessors(x.device), types)
+    if cut is None and method in PLANNERS:
+        cut = PLANNERS[method](len(x), out_features, K, multiprocessors(x.device), types)
     return packed_linear(
         *(x, fragments, metadata, out_features, bias),
         w_scale=scale,

@@ -1,6 +1,6 @@
-// Runs CUDA kernels of one block shape on the CPU: every thread is a fiber, and a block's fibers take turns at each
-// __syncthreads() and each instruction of a whole warp, in random order, so that a missing barrier shows. Asynchronous
-// copies are made at once or as late as they may be, by chance. Takes tensor_core.cuh's place.
+// Runs CUDA kernels of one block shape on the CPU: every thread is a fiber, and the fibers of a block, or of a cluster of
+// blocks, take turns at each __syncthreads() and each instruction of a whole warp, in random order, so that a missing barrier
+// shows. Asynchronous copies are made at once or as late as they may be, by chance. Takes tensor_core.cuh's place.
 //
 // mma.sp follows the tables of the PTX ISA, sections 9.7.14.6.1 (storage), .2.2 (m16n8k32, 16-bit types) and .2.6
 // (m16n8k64, 8-bit types), and knows nothing of how the weight was packed.
@@ -87,22 +87,36 @@ struct Fiber {
   std::vector<char> stack = std::vector<char>(96 << 10);
   bool done;
 };
-inline std::vector<Fiber> fibers;
+inline std::vector<Fiber> fibers;  // of all threads of all blocks that run, one block after the other
+inline int self, threads_in_block;  // the fiber that runs
 inline ucontext_t scheduler;
-inline int arrived;           // at the barrier
-inline unsigned generation;  // of the barrier
 inline std::function<void()> body;
 
 inline void yield() {
-  const int self = threadIdx.x;
-  swapcontext(&fibers[self].context, &scheduler);
+  const int mine = self;
+  swapcontext(&fibers[mine].context, &scheduler);
 }
 
 inline void entry() {
   body();
-  fibers[threadIdx.x].done = true;
-  swapcontext(&fibers[threadIdx.x].context, &scheduler);
+  fibers[self].done = true;
+  swapcontext(&fibers[self].context, &scheduler);
 }
+
+// Of several fibers.
+struct Meeting {
+  int arrived;
+  unsigned generation;
+  void meet(int all) {
+    const unsigned mine = generation;
+    if (++arrived == all) {
+      arrived = 0;
+      ++generation;
+    }
+    while (generation == mine) yield();
+  }
+};
+inline std::vector<Meeting> of_blocks;
 
 // One warp's registers at an instruction that all its lanes make together; the next one uses the other half, as lanes are
 // at most one apart.
@@ -124,7 +138,7 @@ inline bool copies_are_late;
 template <class Leave>
 Registers& exchange(Leave leave) {
   const int lane = threadIdx.x % 32;
-  Exchange& warp = warps[threadIdx.x / 32];
+  Exchange& warp = warps[self / 32];
   const unsigned turn = warp.count[lane]++;
   warp.half[turn % 2].assembled = false;
   leave(warp.half[turn % 2], lane);
@@ -132,14 +146,17 @@ Registers& exchange(Leave leave) {
   return warp.half[turn % 2];
 }
 
-inline void run_block(int threads, std::mt19937& random) {
-  fibers.resize(threads);
-  warps.assign(threads / 32, Exchange{});
-  arrived = 0;
-  generation = 0;
+// Runs these blocks side by side, some faster than others; `between` is called before each turn of all fibers.
+inline void run_blocks(const std::vector<Dim>& blocks, int threads, std::mt19937& random,
+                       const std::function<void()>& between) {
+  const int all = threads * static_cast<int>(blocks.size());
+  threads_in_block = threads;
+  fibers.resize(all);
+  warps.assign(all / 32, Exchange{});
+  of_blocks.assign(blocks.size(), Meeting{});
   copies_are_late = random() % 2;
-  std::vector<int> order(threads);
-  for (int t = 0; t < threads; ++t) {
+  std::vector<int> order(all);
+  for (int t = 0; t < all; ++t) {
     order[t] = t;
     Fiber& fiber = fibers[t];
     fiber.done = false;
@@ -151,24 +168,25 @@ inline void run_block(int threads, std::mt19937& random) {
     makecontext(&fiber.context, entry, 0);
   }
   std::shuffle(order.begin(), order.end(), random);
-  for (int left = threads; left > 0;)
+  std::vector<bool> waits(blocks.size());
+  for (int left = all; left > 0;) {
+    between();
+    for (size_t block = 1; block < blocks.size(); ++block) waits[block] = random() % (2 * block) != 0;
     for (int t : order) {
-      if (fibers[t].done) continue;
-      threadIdx.x = t;
+      if (fibers[t].done || waits[t / threads]) continue;
+      self = t;
+      threadIdx.x = t % threads;
+      blockIdx = blocks[t / threads];
       swapcontext(&scheduler, &fibers[t].context);
       left -= fibers[t].done;
     }
+  }
 }
 
 }  // namespace emulation
 
 inline void __syncthreads() {
-  const unsigned mine = emulation::generation;
-  if (++emulation::arrived == static_cast<int>(emulation::fibers.size())) {
-    emulation::arrived = 0;
-    ++emulation::generation;
-  }
-  while (emulation::generation == mine) emulation::yield();
+  emulation::of_blocks[emulation::self / emulation::threads_in_block].meet(emulation::threads_in_block);
 }
 
 namespace cast24 {
@@ -215,14 +233,14 @@ inline void copy_async(uint4* to, const unsigned char* from, bool there) {
   if (reinterpret_cast<uintptr_t>(to) % 16) emulation::fail("misaligned copy");
   const uint4 value = there ? load(reinterpret_cast<const uint4*>(from)) : uint4{};
   if (emulation::copies_are_late)
-    emulation::fibers[threadIdx.x].copies.back().push_back({to, value});
+    emulation::fibers[emulation::self].copies.back().push_back({to, value});
   else
     *to = value;
 }
-inline void end_copies() { emulation::fibers[threadIdx.x].copies.emplace_back(); }
+inline void end_copies() { emulation::fibers[emulation::self].copies.emplace_back(); }
 template <int kLeft>
 void wait_for_copies() {
-  auto& groups = emulation::fibers[threadIdx.x].copies;
+  auto& groups = emulation::fibers[emulation::self].copies;
   for (; groups.size() > kLeft + 1; groups.pop_front())
     for (const emulation::Copy& copy : groups.front()) *copy.to = copy.value;
 }
@@ -336,7 +354,7 @@ float element(T type, const uint4& fragment, int i) {
     return to_float(type, static_cast<unsigned short>(bits));
 }
 
-// A and B of a warp's fragments.
+// A and B of a warp's fragments; wgmma has no fragments of B.
 template <int kSelector, class T>
 void assemble(T type, emulation::Registers& warp) {
   constexpr bool wide = !(std::is_same_v<T, S8> || std::is_same_v<T, E4m3>);  // 16-bit

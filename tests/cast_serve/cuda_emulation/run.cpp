@@ -1,9 +1,10 @@
 // The kernels' own source, compiled for the CPU, behind one C function.
-#include "emulation.h"
+#include "hopper.h"
 // clang-format off
 #include "weights.cuh"
 #include "small_m.cuh"
 #include "tiled.cuh"
+#include "warpgroup.cuh"
 #include "expand.cuh"
 #include "quantize.cuh"
 #include "kernels.inc"
@@ -20,10 +21,11 @@ Arguments argument_of(void (*)(Arguments));
   { #kernel, [](const void* arguments) { kernel(*static_cast<const decltype(argument_of(kernel))*>(arguments)); } }
 static const Kernel kKernels[] = {KERNELS};
 
-// Runs a kernel over the grid, blocks in random order, and writes how often each byte of the readable regions was read
-// to `reads`, one region after the other; with -1 regions anything may be read. Returns 0, or 1 if there is no such kernel.
-extern "C" int emulate(const char* name, const int* grid, int threads, const void* arguments, int regions,
-                       const void* const* starts, const int64_t* sizes, unsigned char* reads, unsigned seed) {
+// Runs a kernel over the grid, blocks or clusters of `cluster` neighbours in random order, and writes how often each byte of
+// the readable regions was read to `reads`, one region after the other; with -1 regions anything may be read. Returns 0, or 1
+// if there is no such kernel.
+extern "C" int emulate(const char* name, const int* grid, int threads, int cluster, int shared_bytes, const void* arguments,
+                       int regions, const void* const* starts, const int64_t* sizes, unsigned char* reads, unsigned seed) {
   for (const Kernel& kernel : kKernels) {
     if (std::strcmp(kernel.name, name)) continue;
     emulation::checked = regions >= 0;
@@ -35,12 +37,15 @@ extern "C" int emulate(const char* name, const int* grid, int threads, const voi
     emulation::body = [&] { kernel.run(arguments); };
     gridDim = {grid[0], grid[1], grid[2]};
     std::mt19937 random(seed);
-    std::vector<int> blocks(grid[0] * grid[1] * grid[2]);
-    for (size_t i = 0; i < blocks.size(); ++i) blocks[i] = static_cast<int>(i);
-    std::shuffle(blocks.begin(), blocks.end(), random);
-    for (int block : blocks) {
-      blockIdx = {block % grid[0], block / grid[0] % grid[1], block / grid[0] / grid[1]};
-      emulation::run_block(threads, random);
+    std::vector<int> firsts;
+    for (int first = 0; first < grid[0] * grid[1] * grid[2]; first += cluster) firsts.push_back(first);
+    std::shuffle(firsts.begin(), firsts.end(), random);
+    for (int first : firsts) {
+      std::vector<Dim> blocks;
+      for (int block = first; block < first + cluster; ++block)
+        blocks.push_back({block % grid[0], block / grid[0] % grid[1], block / grid[0] / grid[1]});
+      emulation::begin_cluster(cluster, threads, shared_bytes, random);
+      emulation::run_blocks(blocks, threads, random, [&] { emulation::deliver(random); });
     }
     return 0;
   }

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cast_serve.kernels.cuda.plan import Kernel, Types
+from cast_serve.kernels.cuda.plan import Entry, Kernel, Types
 from cast_serve.kernels.cuda.source import CSRC, linear_kernels, macros
 from cast_serve.kernels.cuda.weight_only import WEIGHT_ONLY
 
@@ -24,11 +24,11 @@ class Emulation:
     def __init__(self, directory: Path, types: Sequence[Types], linear: Sequence[Kernel] | None = None) -> None:
         lines, names = [], []
         for kinds in types:
-            chosen = linear_kernels(kinds) if linear is None else linear
+            chosen = linear_kernels(kinds, hopper=True) if linear is None else linear
             *multiply, last = macros(kinds, chosen)
             for kernel, macro in zip(chosen, multiply, strict=True):
-                names.append(_name(kinds, kernel.name))
-                lines.append(macro.replace(kernel.name, names[-1], 1))
+                names.append(_name(kinds, kernel.entry.name))
+                lines.append(macro.replace(kernel.entry.name, names[-1], 1))
             other = "quantize_rows" if kinds.in_8_bits else "expand"
             names.append(_name(kinds, other))
             lines.append(f"#define {other} {names[-1]}\n{last}\n#undef {other}")
@@ -59,9 +59,8 @@ class Launcher:
     def __call__(
         self,
         types: Types,
-        name: str,
+        entry: Entry,
         grid: tuple[int, int, int],
-        threads: int,
         arguments: ctypes.Structure,
         overlap: bool,
     ) -> None:
@@ -72,9 +71,11 @@ class Launcher:
         starts = (ctypes.c_void_p * len(sizes))(*(tensor.data_ptr() for tensor in self._readable))
         reads = torch.zeros(sum(sizes), dtype=torch.uint8)
         result = self._emulation._emulate(
-            _name(types, name).encode(),
+            _name(types, entry.name).encode(),
             (ctypes.c_int * 3)(*grid),
-            threads,
+            entry.threads,
+            entry.cluster,
+            entry.shared_bytes,
             ctypes.byref(arguments),
             -1 if self._unchecked else len(sizes),
             starts,
@@ -82,7 +83,7 @@ class Launcher:
             ctypes.c_void_p(reads.data_ptr()),
             ctypes.c_uint(self._seed),
         )
-        assert result == 0, f"no kernel {name} for {types}"
+        assert result == 0, f"no kernel {entry.name} for {types}"
         self.reads = list(reads.split(sizes))
 
 

@@ -10,8 +10,8 @@
 
 namespace {
 
-using Emulate = int (*)(const char* name, const int* grid, int threads, const void* arguments, int regions,
-                        const void* const* starts, const int64_t* sizes, unsigned char* reads, unsigned seed);
+using Emulate = int (*)(const char* name, const int* grid, int threads, int cluster, int shared_bytes, const void* arguments,
+                        int regions, const void* const* starts, const int64_t* sizes, unsigned char* reads, unsigned seed);
 
 Emulate emulate = nullptr;
 std::vector<std::string> launches;
@@ -44,8 +44,8 @@ int cuLaunchKernel(void* function, unsigned x, unsigned y, unsigned z, unsigned 
   const char* name = static_cast<const char*>(function);
   const int grid[] = {static_cast<int>(x), static_cast<int>(y), static_cast<int>(z)};
   launches.push_back(std::string(name) + " " + std::to_string(x) + " " + std::to_string(y) + " " + std::to_string(z));
-  return emulate((std::string(std::getenv("FAKE_CUDA_TYPES")) + "_" + name).c_str(), grid, static_cast<int>(threads), arguments[0], -1, nullptr,
-                 nullptr, nullptr, 0);
+  return emulate((std::string(std::getenv("FAKE_CUDA_TYPES")) + "_" + name).c_str(), grid, static_cast<int>(threads), 1, 0,
+                 arguments[0], -1, nullptr, nullptr, nullptr, 0);
 }
 
 // The kernel and grid of launch number `i`; nullptr after the last one.

@@ -31,6 +31,30 @@ struct WeightStep {
   }
 };
 
+// Of row n of the weight.
+template <class Out>
+__device__ __forceinline__ float bias_of(Out, const LinearArguments& arg, int n) {
+  return arg.bias && n < arg.N ? to_float(Out(), arg.bias[n]) : 0.0f;
+}
+
+// 8 rows of x by 8 rows of the weight: lane 4 g + t has row g of the weight and rows 2 t and 2 t + 1 of x. Transposed it has
+// two neighbours of y's row g.
+template <class Out>
+__device__ __forceinline__ void store_8_by_8(Out, const LinearArguments& arg, int first_m, int first_n, float low, float high,
+                                             int lane) {
+  const unsigned words = from_float(Out(), low) | static_cast<unsigned>(from_float(Out(), high)) << 16;
+  const unsigned pair = transposed(words);
+  const int m = first_m + lane / 4, n = first_n + 2 * (lane % 4);
+  if (m >= arg.M || n >= arg.N) return;
+  unsigned short* y = arg.y + static_cast<long long>(m) * arg.N + n;
+  if (arg.N % 2 == 0) {
+    *reinterpret_cast<unsigned*>(y) = pair;
+  } else {
+    y[0] = static_cast<unsigned short>(pair & 0xffff);
+    if (n + 1 < arg.N) y[1] = static_cast<unsigned short>(pair >> 16);
+  }
+}
+
 // Grid: (ceil(M / rows), splits, ceil(row_tiles / (kWarpsN kRowTiles))), blocks of 32 kWarpsM kWarpsN threads.
 template <class T, class Out, int kColumnTiles, int kRowTiles, int kWarpsM, int kWarpsN>
 __device__ __forceinline__ void tiled_linear(const LinearArguments& arg) {
@@ -41,7 +65,7 @@ __device__ __forceinline__ void tiled_linear(const LinearArguments& arg) {
   // Of each row 8 chunks of 16 bytes, chunk c at c ^ (row % 8): the same chunk of 8 rows lies in all banks.
   __shared__ uint4 x[kStages][kRows * 8];
 
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4;
   const int first_row = blockIdx.x * kRows, column = warp % kWarpsM * kColumnTiles;
   const int first_tile = (blockIdx.z * kWarpsN + warp / kWarpsM) * kRowTiles;
   const int begin = blockIdx.y * arg.steps_per_split, end = min(begin + arg.steps_per_split, arg.steps);
@@ -123,28 +147,16 @@ __device__ __forceinline__ void tiled_linear(const LinearArguments& arg) {
       }
   }
 
-  // Lane 4 g + t has rows g and g + 8 of the weight tile and two rows of x. Transposed it has two neighbours of y's row.
 #pragma unroll
   for (int r = 0; r < kRowTiles; ++r)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int tile_row = (first_tile + r) * 16 + 8 * half, n = tile_row + 2 * t;
-      const float bias = arg.bias && tile_row + g < arg.N ? to_float(Out(), arg.bias[tile_row + g]) : 0.0f;
+      const int first_n = (first_tile + r) * 16 + 8 * half;
+      const float bias = bias_of(Out(), arg, first_n + g);
 #pragma unroll
-      for (int c = 0; c < kColumnTiles; ++c) {
-        const unsigned low = from_float(Out(), sum[r][c][2 * half] + bias);
-        const unsigned high = from_float(Out(), sum[r][c][2 * half + 1] + bias);
-        const unsigned pair = transposed(low | high << 16);
-        const int m = first_row + (column + c) * 8 + g;
-        if (m >= arg.M || n >= arg.N) continue;
-        unsigned short* y = arg.y + static_cast<long long>(m) * arg.N + n;
-        if (arg.N % 2 == 0) {
-          *reinterpret_cast<unsigned*>(y) = pair;
-        } else {
-          y[0] = static_cast<unsigned short>(pair & 0xffff);
-          if (n + 1 < arg.N) y[1] = static_cast<unsigned short>(pair >> 16);
-        }
-      }
+      for (int c = 0; c < kColumnTiles; ++c)
+        store_8_by_8(Out(), arg, first_row + (column + c) * 8, first_n, sum[r][c][2 * half] + bias,
+                     sum[r][c][2 * half + 1] + bias, lane);
     }
 }
 
