@@ -88,20 +88,20 @@ def table(
     variants = find_variants(methods) + (ABLATIONS if ablations else [])
     cells = plan(study, variants, parse_budgets("--tokens", tokens))
     about = _about(study)
-    path = _target(out, name)
+    paths = _targets(out, name)
 
     def write(records: list[dict[str, Any]], plot: str | None = None) -> None:
         about["device"] = _device(records, about["device"])
-        write_json(records, about, path.with_suffix(".json"))
-        write_markdown(records, about, path.with_suffix(".md"), plot)
+        write_json(records, about, paths["json"])
+        write_markdown(records, about, paths["md"], plot)
 
     console = Console(highlight=False, soft_wrap=True)
     records = run_cells(study, cells, write, console)
     if any("failed" not in record for record in records):
-        plot_budgets(records, path.with_suffix(".png"), f"2:4 methods at equal tokens: {about['model']}")
-        write(records, path.with_suffix(".png").name)
-    console.print(path.with_suffix(".md").read_text(), markup=False)
-    console.print(f"written: {path.with_suffix('.md')}, .json, .png")
+        plot_budgets(records, paths["png"], f"2:4 methods at equal tokens: {about['model']}")
+        write(records, paths["png"].name)
+    console.print(paths["md"].read_text(), markup=False)
+    console.print(f"written: {paths['md']}, .json, .png")
 
 
 @app.command()
@@ -149,23 +149,23 @@ def sweep(
     points = [dict(zip(swept, values, strict=True)) for values in itertools.product(*swept.values())]
     cells = [study.cell(variants[0], tokens, **point) for point in points]
     about = _about(study) | {"method": method, "tokens": tokens, "swept": swept}
-    path = _target(out, name)
+    paths = _targets(out, name)
 
     def write(records: list[dict[str, Any]]) -> None:
         about["device"] = _device(records, about["device"])
-        write_json(records, about, path.with_suffix(".json"))
+        write_json(records, about, paths["json"])
 
     console = Console(highlight=False, soft_wrap=True)
     records = run_cells(study, cells, write, console)
     if any("failed" not in record for record in records):
-        plot_sweep(records, swept, path.with_suffix(".png"), f"{method}, {tokens:,} tokens: {about['model']}")
+        plot_sweep(records, swept, paths["png"], f"{method}, {tokens:,} tokens: {about['model']}")
     text = heldout[0].name
     shown = Table(*swept, f"perplexity on {text}")
     for record in sorted(records, key=lambda r: float("inf") if "failed" in r else perplexity(r, text)):
         value = "failed" if "failed" in record else f"{perplexity(record, text):.2f}"
         shown.add_row(*(str(record["config"][key]) for key in swept), value)
     console.print(shown)
-    console.print(f"written: {path.with_suffix('.json')}, .png")
+    console.print(f"written: {paths['json']}, .png")
 
 
 def _study(
@@ -266,9 +266,10 @@ def _device(records: list[dict[str, Any]], machine: str) -> str:
     return ", ".join(sorted(found)) or machine
 
 
-def _target(out: Path, name: str) -> Path:
+def _targets(out: Path, name: str) -> dict[str, Path]:
+    """Files of one study by their ending."""
     out.mkdir(parents=True, exist_ok=True)
-    return out / f"{date.today().isoformat()}-{name}"
+    return {ending: out / f"{date.today().isoformat()}-{name}.{ending}" for ending in ("json", "md", "png")}
 
 
 if __name__ == "__main__":

@@ -223,12 +223,12 @@ def main(
         "results": [asdict(result) for result in found],
     }
     out.mkdir(parents=True, exist_ok=True)
-    path = out / f"{report['date']}-{name}"
-    write_text(path.with_suffix(".json"), json.dumps(report, indent=1) + "\n")
-    write_text(path.with_suffix(".md"), markdown(found))
-    plot(found, path.with_suffix(".png"))
+    paths = {ending: out / f"{report['date']}-{name}.{ending}" for ending in ("json", "md", "png")}
+    write_text(paths["json"], json.dumps(report, indent=1) + "\n")
+    write_text(paths["md"], markdown(found))
+    plot(found, paths["png"])
     Console().print(markdown(found))
-    Console().print(f"written: {path.with_suffix('.md')}, .json, .png", soft_wrap=True)
+    Console().print(f"written: {paths['md']}, .json, .png", soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -106,8 +106,8 @@ def test_an_interrupted_cell_goes_on_and_a_failed_one_is_shown(
 
 def test_sweep_writes_every_point(files: dict[str, Path]) -> None:
     arguments = ("sweep", "--tokens", "320", "--over", "lr=1e-3,2e-3", "--over", "eta=0.5", "--method", "cast")
-    assert invoke(files, *arguments).exit_code == 0
-    results = json.loads(written(files, ".json").read_text())
+    assert invoke(files, *arguments, "--name", "llama-0.85m").exit_code == 0
+    results = json.loads(written(files, "-llama-0.85m.json").read_text())
     assert results["swept"] == {"lr": [1e-3, 2e-3], "eta": [0.5]}
     points = [(cell["config"]["lr"], cell["config"]["eta"]) for cell in results["cells"]]
     assert points == [(1e-3, 0.5), (2e-3, 0.5)]

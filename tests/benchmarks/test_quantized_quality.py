@@ -25,9 +25,9 @@ def test_the_table_the_json_and_the_plot(tmp_path: Path, monkeypatch: pytest.Mon
     text = tmp_path / "text.txt"
 
     def run() -> list[dict[str, Any]]:
-        directories = {"work": tmp_path / "work", "out": tmp_path / "out"}
+        directories = {"work": tmp_path / "work", "out": tmp_path / "out", "name": "of-1.1b"}
         quantized_quality.main(tmp_path / "dense", tmp_path / "sparse", text, text, 512, 512, 64, **directories)
-        (report,) = (json.loads(path.read_text()) for path in (tmp_path / "out").glob("*-quantized.json"))
+        (report,) = (json.loads(path.read_text()) for path in (tmp_path / "out").glob("*-of-1.1b.json"))
         assert report["versions"]["torch"]
         return report["results"]
 

@@ -131,7 +131,7 @@ def test_other_strides_are_copied() -> None:
     wide = torch.randn(5, 160).half()
     in_place, shifted, transposed = wide[:, 16:88], wide[:, 3:75], wide.T.contiguous().T[:, :72]
     assert in_rows_of_16_bytes(in_place) is in_place
-    for x in (shifted, transposed, torch.ones(3, 24, dtype=torch.int8)):
+    for x in (shifted, transposed, wide[:1, :72].expand(3, 72), torch.ones(3, 24, dtype=torch.int8)):
         copy = in_rows_of_16_bytes(x)
         assert torch.equal(copy, x)
         assert copy.data_ptr() % 16 == copy.stride(0) * copy.itemsize % 16 == 0

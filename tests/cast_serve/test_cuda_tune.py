@@ -102,6 +102,16 @@ def test_a_kernel_that_computes_something_else_is_not_used(layer: tuple[int, int
     assert set(point.seconds) == {"dense", "small_m", "tiled", "expanded"}
 
 
+def test_nothing_is_measured_on_a_gpu_that_has_failed() -> None:
+    class Failed(Rehearsal):
+        @staticmethod
+        def small_m(*_: Any, **__: Any) -> Tensor:
+            raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    with pytest.raises(torch.AcceleratorError, match="illegal memory access"):
+        tune(Failed(), [LAYER], [1])
+
+
 @pytest.mark.parametrize("values", ["int8", "int4 g64", "float8_e4m3fn"])
 def test_quantized_layers_are_measured(values: str, monkeypatch: pytest.MonkeyPatch) -> None:
     machine, layer = Rehearsal(), (48, 136, values)

@@ -2,6 +2,8 @@
 
 import ctypes
 
+from cast_serve.kernels.cuda.tensor_map import TensorMap
+
 
 class LinearArguments(ctypes.Structure):
     """The structure of the same name in csrc/small_m.cuh."""
@@ -28,27 +30,10 @@ class LinearArguments(ctypes.Structure):
     ]
 
 
-class TensorMap(ctypes.Structure):
-    """A matrix of 16-bit values and the boxes that are copied of it, of 128 bytes as the driver encodes it for the GPU.
-
-    stride: bytes from row to row, a multiple of 16, as the address is.
-    """
-
-    _fields_ = [
-        ("address", ctypes.c_void_p),
-        ("columns", ctypes.c_longlong),
-        ("rows", ctypes.c_longlong),
-        ("stride", ctypes.c_longlong),
-        ("box_columns", ctypes.c_longlong),
-        ("box_rows", ctypes.c_longlong),
-        ("unused", ctypes.c_longlong * 10),
-    ]
-
-
 class WarpgroupArguments(ctypes.Structure):
-    """The structure of the same name in csrc/warpgroup.cuh."""
+    """The structure of the same name in csrc/warpgroup.cuh, whose size is a multiple of the map's alignment, 64."""
 
-    _fields_ = [("x", TensorMap), ("linear", LinearArguments)]
+    _fields_ = [("x", TensorMap), ("linear", LinearArguments), ("padding", ctypes.c_longlong * 2)]
 
 
 class ExpandArguments(ctypes.Structure):

@@ -1,14 +1,15 @@
 """Loads and launches kernels through the CUDA driver, on torch's current device and stream."""
 
 import ctypes
-from functools import cache, lru_cache
+from functools import cache
 from typing import Any
 
 import torch
 
-from cast_serve.kernels.cuda.arguments import TensorMap, WarpgroupArguments
+from cast_serve.kernels.cuda.arguments import WarpgroupArguments
 from cast_serve.kernels.cuda.nvrtc import cached_code, target
 from cast_serve.kernels.cuda.plan import Entry
+from cast_serve.kernels.cuda.tensor_map import encoded
 
 
 @cache
@@ -41,7 +42,7 @@ class Kernels:
         """
         function = self._functions.get(entry.name) or self._function(entry)
         if isinstance(arguments, WarpgroupArguments):
-            arguments = WarpgroupArguments(_encoded(arguments.x), arguments.linear)
+            arguments = WarpgroupArguments(encoded(arguments.x), arguments.linear)
         parameters = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
         stream = torch.cuda.current_stream().cuda_stream
         if overlap:
@@ -71,34 +72,6 @@ class Kernels:
         config.hStream = driver.CUstream(stream)
         config.attrs, config.numAttrs = [attribute], 1
         return config
-
-
-def _encoded(described: TensorMap) -> TensorMap:
-    """The same as the GPU takes it: 16-bit values, rows of 128 bytes swizzled, zeros outside."""
-    fields = (described.columns, described.rows, described.stride, described.box_columns, described.box_rows)
-    return TensorMap.from_buffer_copy(_encode(described.address, *fields))
-
-
-@lru_cache(4096)
-def _encode(address: int, columns: int, rows: int, stride: int, box_columns: int, box_rows: int) -> bytes:
-    from cuda.bindings import driver
-
-    encoded = _check(
-        driver.cuTensorMapEncodeTiled(
-            driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_UINT16,
-            2,
-            address,
-            [driver.cuuint64_t(columns), driver.cuuint64_t(rows)],
-            [driver.cuuint64_t(stride)],
-            [driver.cuuint32_t(box_columns), driver.cuuint32_t(box_rows)],
-            [driver.cuuint32_t(1), driver.cuuint32_t(1)],
-            driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
-            driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
-            driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-            driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
-        )
-    )
-    return b"".join(int(word).to_bytes(8, "little") for word in encoded.opaque)
 
 
 def _check(result: tuple[Any, ...]) -> Any:

@@ -12,13 +12,13 @@ from cast_serve.kernels.cuda.arguments import (
     ExpandArguments,
     LinearArguments,
     QuantizeArguments,
-    TensorMap,
     WarpgroupArguments,
 )
 from cast_serve.kernels.cuda.layout import STEP, to_fragments
 from cast_serve.kernels.cuda.plan import Entry, Plan, Types
 from cast_serve.kernels.cuda.small_m import plan
 from cast_serve.kernels.cuda.source import source
+from cast_serve.kernels.cuda.tensor_map import TensorMap
 from cast_serve.kernels.cuda.warpgroup import WarpgroupTile
 from conversion.errors import InputError
 from conversion.packed import check_bitmask
@@ -131,10 +131,10 @@ def tiled_linear(
 
 
 def in_rows_of_16_bytes(x: Tensor) -> Tensor:
-    """x, or a copy of it whose rows start at multiples of 16 bytes: the kernel reads as many at once."""
+    """x, or a copy of it whose rows do not overlap and start at multiples of 16 bytes: kernels read as many at once."""
     M, K = x.shape
     per_read = 16 // x.itemsize
-    if x.stride(1) == 1 and x.stride(0) % per_read == 0 and x.data_ptr() % 16 == 0:
+    if x.stride(1) == 1 and x.stride(0) >= K and x.stride(0) % per_read == 0 and x.data_ptr() % 16 == 0:
         return x
     aligned = x.new_empty(M, -(-K // per_read) * per_read)[:, :K]
     return aligned.copy_(x)

@@ -97,11 +97,13 @@ class Candidate:
         calls: one for each copy of the weight, with the same inputs in turn for every candidate of a layer.
         weight_bytes: that a call reads.
         algorithm: of cuSPARSELt, the fastest.
+        rounds_x: whether x is rounded to 8 bits.
     """
 
     calls: Sequence[Call]
     weight_bytes: int
     algorithm: Algorithm = DEFAULT
+    rounds_x: bool = False
 
 
 class Layer:
@@ -207,7 +209,9 @@ class QuantizedLayer:
         if self.compressed:
             algorithm = fastest(x[0].to(self.quantization.values.dtype), self.compressed[0])
             multiply = partial(cusparselt.linear_rounding, w_scale=self.scale, bias=None, algorithm=algorithm)
-            found["cusparselt"] = Candidate(calls(multiply, self.compressed), self.compressed[0].nbytes, algorithm)
+            found["cusparselt"] = Candidate(
+                calls(multiply, self.compressed), self.compressed[0].nbytes, algorithm, rounds_x=True
+            )
         return found
 
 

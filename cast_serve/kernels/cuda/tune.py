@@ -71,12 +71,17 @@ def _tune_layer(machine: Gpu, layer: Layer, rows: Sequence[int], advance: Callab
             if name in hopeless:
                 continue
             try:
-                if not _agree(candidate.calls[0](), expected):
-                    warnings.warn(f"{name} computes {layer} wrongly at {M} rows and is not used there", stacklevel=2)
-                    continue
-                seconds[name] = machine.seconds(candidate.calls)
+                right = _agree(candidate.calls[0](), expected, candidate.rounds_x)
+                taken = machine.seconds(candidate.calls)
+                right &= _agree(candidate.calls[0](), expected, candidate.rounds_x)  # now that the GPU is busy
+            except torch.AcceleratorError:
+                raise  # nothing runs on the GPU after that
             except RuntimeError:  # a library refuses this shape: it is not chosen for it
                 continue
+            if right:
+                seconds[name] = taken
+            else:
+                warnings.warn(f"{name} computes {layer} wrongly at {M} rows and is not used there", stacklevel=2)
         best = min(seconds[name] for name in METHODS if name in seconds)
         slow = {name for name, taken in seconds.items() if taken > HOPELESS * best and name != DENSE}
         if points:
@@ -87,10 +92,14 @@ def _tune_layer(machine: Gpu, layer: Layer, rows: Sequence[int], advance: Callab
     return points
 
 
-def _agree(y: Tensor, expected: Tensor) -> bool:
-    """Whether they differ by no more than rounding; in a wrong tile some value is as far off as values are large."""
+def _agree(y: Tensor, expected: Tensor, rounds_x: bool) -> bool:
+    """Whether they differ by no more than rounding, to 16 bits (0.05 of what values are) or of x to 8 (0.14).
+
+    A step of 64 columns that is left out makes 0.3 with 14,336 columns, more with fewer.
+    """
     expected = expected.float()
-    return bool((y.float() - expected).abs().max() < expected.square().mean().sqrt())
+    limit = expected.square().mean().sqrt() * (0.25 if rounds_x else 0.125)
+    return bool((y.float() - expected).abs().max() < limit)
 
 
 def _copies(machine: Gpu, layer: Layer) -> measurement.Layer | measurement.QuantizedLayer:

@@ -58,20 +58,21 @@ def tiles(types: Types) -> tuple[WarpgroupTile, ...]:
 
 def cut_into(tile: WarpgroupTile, M: int, N: int, K: int) -> Plan:
     """Cut y [M, N] = x [M, K] W^T into such tiles, panel by panel of the weight's rows."""
-    along_n = -(-N // (COLUMNS * tile.cluster)) * tile.cluster
-    panel = min(_PANEL, along_n)
-    steps = -(-K // STEP)
-    return Plan(tile, (panel, 1, -(-along_n // panel) * -(-M // tile.rows)), -(-N // ROWS), steps, steps, 0)
+    clusters, steps = -(-N // (COLUMNS * tile.cluster)), -(-K // STEP)
+    panels = -(-clusters * tile.cluster // _PANEL)
+    panel = -(-clusters // panels) * tile.cluster
+    return Plan(tile, (panel, 1, panels * -(-M // tile.rows)), -(-N // ROWS), steps, steps, 0)
 
 
 def _cycles(tile: WarpgroupTile, M: int, N: int, K: int, multiprocessors: int, types: Types) -> float:
-    """A guess at what the busiest multiprocessor takes: its bytes from the second-level cache, or its products."""
-    along_n = -(-N // (COLUMNS * tile.cluster)) * tile.cluster
-    at_once = max(1, multiprocessors // tile.cluster) * tile.cluster
-    waves = -(-along_n * -(-M // tile.rows) // at_once)
+    """A guess at what the busiest multiprocessor takes: bytes of the second-level cache, or those of shared memory."""
+    clusters = -(-N // (COLUMNS * tile.cluster)) * -(-M // tile.rows)
+    # a cluster lies within one of the GPU's parts, of 16 or 18 multiprocessors or fewer: larger ones leave some idle
+    at_once = max(1, int(multiprocessors * (1.0 if tile.cluster == 2 else 0.9)) // tile.cluster)
     of_step = 128 * tile.box_rows + WEIGHT_BYTES[types.weight] * COLUMNS
-    # 5.5 TB/s shared by 132 at 1.75 GHz; 4096 products a cycle with half of them zeros, of which copies cost a fifth
-    return waves * -(-K // STEP) * max(of_step / 24, tile.rows * COLUMNS * STEP / (0.8 * 4096))
+    # 5.5 TB/s shared by 132 at 1.75 GHz; x is written once and read by two warpgroups, 128 bytes a cycle, which takes
+    # longer than the products
+    return -(-clusters // at_once) * -(-K // STEP) * max(of_step / 24, 3.0 * tile.rows)
 
 
 @cache

@@ -183,12 +183,16 @@ template <int kRegisters>
 void grow_to() {}
 
 inline void begin_products() {}
-inline void wait_for_products() {
+inline void end_products() {}
+template <int kLeft>
+void wait_for_products() {
   if (emulation::products_are_late)
     for (int turn = 0; turn < 8; ++turn) emulation::yield();  // long enough for a buffer to be filled again
   auto& waiting = emulation::products[emulation::self];
-  for (const emulation::Product& product : waiting) product.make(product);
-  waiting.clear();
+  while (waiting.size() > 2 * kLeft) {
+    waiting.front().make(waiting.front());
+    waiting.erase(waiting.begin());
+  }
 }
 
 // The lane's part of D, from what shared memory holds now.
@@ -223,7 +227,7 @@ void begin_mma_sp(T type, float (&d)[kSums], const uint4& a, unsigned long long 
   emulation::Product product{d, 2 * kSums, b, {}, make_product<T>};
   for (int row = 0; row < 16; ++row) std::copy(warp.A[row], warp.A[row] + 32, product.A[row]);
   emulation::products[emulation::self].push_back(product);
-  if (!emulation::products_are_late) wait_for_products();
+  if (!emulation::products_are_late) wait_for_products<0>();
 }
 
 }  // namespace cast24

@@ -45,12 +45,13 @@ __device__ __forceinline__ void expect(Barrier* barrier, unsigned bytes) {
                : "memory");
 }
 
-// Arrives at the barrier of this address in another block of the cluster, or this one.
+// Arrives at the barrier of this address in another block of the cluster, or this one. Orders nothing that this thread has
+// written: with the scope of the cluster it would be a fence for the whole GPU in each step, as waiting would be.
 __device__ __forceinline__ void arrive_at(Barrier* barrier, unsigned rank) {
   asm volatile(
       "{\n\t.reg .b32 there;\n\t"
       "mapa.shared::cluster.u32 there, %0, %1;\n\t"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n\t}" ::"r"(shared_address(barrier)),
+      "mbarrier.arrive.shared::cluster.b64 _, [there];\n\t}" ::"r"(shared_address(barrier)),
       "r"(rank)
       : "memory");
 }
@@ -60,7 +61,7 @@ __device__ __forceinline__ void wait(Barrier* barrier, unsigned parity) {
   asm volatile(
       "{\n\t.reg .pred ended;\n\t"
       "again:\n\t"
-      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 ended, [%0], %1;\n\t"
+      "mbarrier.try_wait.parity.shared::cta.b64 ended, [%0], %1;\n\t"
       "@!ended bra again;\n\t}" ::"r"(shared_address(barrier)),
       "r"(parity)
       : "memory");
@@ -95,9 +96,12 @@ __device__ __forceinline__ void grow_to() {
 
 // Before the first product, and after registers that products read or write were written.
 __device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-// Until all products have been made; until then their registers and shared memory are theirs.
+// The products begun since the last call are a group; the other waits until all groups but the last kLeft are made. Until
+// then their registers and shared memory are theirs.
+__device__ __forceinline__ void end_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int kLeft>
 __device__ __forceinline__ void wait_for_products() {
-  asm volatile("wgmma.commit_group.sync.aligned;\n\twgmma.wait_group.sync.aligned 0;" ::: "memory");
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kLeft) : "memory");
 }
 
 // Numbers of 10 and of 60 operands, and 8 and 64 operands.

@@ -14,15 +14,18 @@ struct WeightStep {
   unsigned words[kRowTiles][Traits<T>::kWords], e[kRowTiles];
   float scale[kRowTiles][2];  // of rows g and g + 8
 
-  // Tiles past the last one repeat it: their sums are not stored.
-  __device__ __forceinline__ void fetch(const LinearArguments& arg, int first_tile, int step, int lane) {
+  // Tiles past the last one repeat it: their sums are not stored. kOnce: as for load_step.
+  template <bool kOnce = false>
+  __device__ __forceinline__ void fetch(const LinearArguments& arg, int first_tile, int step, int lane,
+                                        bool with_scales = true) {
 #pragma unroll
     for (int r = 0; r < kRowTiles; ++r) {
       const int tile = min(first_tile + r, arg.row_tiles - 1);
       const unsigned at = static_cast<unsigned>(tile) * arg.steps + step;  // a weight has fewer than 2^32 / 32 steps
-      load_step<false>(words[r], arg.values, at, lane);
+      load_step<kOnce>(words[r], arg.values, at, lane);
       e[r] = load(arg.metadata + at * 32 + lane);
       if constexpr (Traits<T>::kGroups) {
+        if (!with_scales) continue;
         const float* of_tile = arg.w_scale + (tile * arg.groups + step / arg.group_steps) * 16;
         scale[r][0] = load(of_tile + lane / 4);
         scale[r][1] = load(of_tile + lane / 4 + 8);

@@ -30,7 +30,7 @@ template <class T, class Out, int kRows, int kCluster, int kStages>
 __device__ __forceinline__ void warpgroup_linear(const WarpgroupArguments& all) {
   using Product = typename ProductOf<T, Out>::Type;
   constexpr int kWarps = 8, kAhead = 4, kStageBytes = kRows * 128, kPart = kRows / kCluster;
-  static_assert(Traits<T>::kXBytes == 2 && kPart % 8 == 0 && kCluster <= 32);
+  static_assert(Traits<T>::kXBytes == 2 && kPart % 8 == 0 && kCluster <= 32 && kAhead % 2 == 0);
   const LinearArguments& arg = all.linear;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4;
   const int along_m = (arg.M + kRows - 1) / kRows, first_row = blockIdx.z % along_m * kRows;
@@ -68,42 +68,65 @@ __device__ __forceinline__ void warpgroup_linear(const WarpgroupArguments& all) 
   } else {
     grow_to<240>();
     WeightStep<T, 1> weight[kAhead];
+    const bool in_groups = arg.groups > 1;  // one scale a row waits for the end, where it rounds nothing
+    auto fetch = [&](int i, int step) {
+      if (step < arg.steps) weight[i].template fetch<true>(arg, tile, step, lane, in_groups);
+    };
 #pragma unroll
-    for (int i = 0; i < kAhead; ++i)
-      if (i < arg.steps) weight[i].fetch(arg, tile, i, lane);
+    for (int i = 0; i < kAhead; ++i) fetch(i, i);
     let_next_begin();
     wait_for_previous();
 
+    // 16-bit weights go to the products as they are; others are made 16-bit floats while the products before are made.
+    constexpr bool kConverts = Traits<T>::kGroups;
+    uint4 converted[2][2];
+    auto convert = [&](int i) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        uint4 a = operand_a(Product(), T(), weight[i].words[0], h);
+        const float(&scale)[2] = weight[i].scale[0];
+        if (in_groups)
+          a = make_uint4(scaled(Out(), a.x, scale[0]), scaled(Out(), a.y, scale[1]), scaled(Out(), a.z, scale[0]),
+                         scaled(Out(), a.w, scale[1]));
+        converted[i % 2][h] = a;
+      }
+    };
+    auto operand = [&](int i, int h) {
+      if constexpr (kConverts)
+        return converted[i % 2][h];
+      else
+        return operand_a(Product(), T(), weight[i].words[0], h);
+    };
+    if constexpr (kConverts) convert(0);
+
     float sum[kRows / 2] = {};
+    int slot_before = 0;
     for (int first = 0, slot = 0, round = 0; first < arg.steps; first += kAhead) {
 #pragma unroll
       for (int i = 0; i < kAhead; ++i) {
-        if (first + i >= arg.steps) break;
-        uint4 a[2];
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          a[h] = operand_a(Product(), T(), weight[i].words[0], h);
-          if constexpr (Traits<T>::kGroups) {
-            const float(&scale)[2] = weight[i].scale[0];
-            if (arg.groups > 1)  // one scale a row waits for the end, where it rounds nothing
-              a[h] = make_uint4(scaled(Out(), a[h].x, scale[0]), scaled(Out(), a[h].y, scale[1]),
-                                scaled(Out(), a[h].z, scale[0]), scaled(Out(), a[h].w, scale[1]));
-          }
-        }
+        const int step = first + i, i_before = (i + kAhead - 1) % kAhead, i_after = (i + 1) % kAhead;
+        if (step >= arg.steps) break;
         wait(full + slot, round % 2);
         const unsigned char* of_step = x + slot * kStageBytes;
         begin_products();
-        begin_mma_sp<0>(Product(), sum, a[0], operand_b(of_step), weight[i].e[0]);
-        begin_mma_sp<1>(Product(), sum, a[1], operand_b(of_step + 64), weight[i].e[0]);
-        wait_for_products();
-        if (lane < kCluster) arrive_at(empty + slot, lane);
-        if (first + i + kAhead < arg.steps) weight[i].fetch(arg, tile, first + i + kAhead, lane);
+        begin_mma_sp<0>(Product(), sum, operand(i, 0), operand_b(of_step), weight[i].e[0]);
+        begin_mma_sp<1>(Product(), sum, operand(i, 1), operand_b(of_step + 64), weight[i].e[0]);
+        end_products();
+        wait_for_products<1>();
+        if (step > 0) {  // the step before is done with its buffer and its registers
+          if (lane < kCluster) arrive_at(empty + slot_before, lane);
+          fetch(i_before, step - 1 + kAhead);
+        }
+        if constexpr (kConverts)
+          if (step + 1 < arg.steps) convert(i_after);
+        slot_before = slot;
         if (++slot == kStages) {
           slot = 0;
           ++round;
         }
       }
     }
+    wait_for_products<0>();
 
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
