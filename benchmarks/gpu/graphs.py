@@ -120,8 +120,7 @@ def graphs(machine: Gpu) -> Found:
     tests: dict[str, Callable[[], Found]] = {
         f"graph, M = {M}": partial(in_graph, layer, M) for M in (1, 16, 64, 300, 1024)
     }
-    methods = ["small_m", "tiled", "expanded"]
-    methods += ["warpgroup"] * machine.is_hopper + ["cusparselt"] * machine.has_cusparselt
+    methods = ("small_m", "tiled", "expanded", *(["cusparselt"] if machine.has_cusparselt else []))
     tests |= {f"graph, {method}": partial(method_in_graph, machine, method) for method in methods}
     tests |= {"streams": partial(on_streams, layer), "torch.compile": partial(compiled, layer)}
     if machine.capability >= (9, 0):

@@ -166,74 +166,103 @@ def tile_dtypes(machine: Gpu) -> list[torch.dtype]:
     return [torch.bfloat16, torch.float16, torch.int8, *([torch.float8_e4m3fn] if has_fp8 else [])]
 
 
+Kind = tuple[str, Callable[..., float], list[torch.dtype], float | None]
+"""Name, the error it makes, dtypes, and the limit of it; None: what rounding y makes."""
+WIDE = [torch.bfloat16, torch.float16]
+
+
+class Checks:
+    """Attributes: errors: what each check found, with its limit; wrong: the names of those that failed."""
+
+    def __init__(self) -> None:
+        self.errors: dict[str, Any] = {}
+        self.wrong: list[str] = []
+
+    def attempt(
+        self, name: str, check: Callable[[], dict[str, Any]], is_right: Callable[[dict[str, Any]], bool]
+    ) -> None:
+        try:
+            found = check()
+        except Exception as failure:  # Triton has exceptions of its own; the other checks must still run
+            found = {"failure": str(failure)}
+        self.errors[name] = found
+        if "failure" in found or not is_right(found):
+            self.wrong.append(name)
+            print(f"WRONG: {name}: {str(found)[:200]}", flush=True)
+
+    def compare(self, machine: Gpu, kinds: list[Kind], shapes: list[tuple[int, int, int]]) -> None:
+        """Every kind at every shape."""
+        for name, measure, dtypes, limit in kinds:
+            for dtype in dtypes:
+                bound = torch.finfo(dtype if dtype.itemsize == 2 else torch.bfloat16).eps if limit is None else limit
+                for shape in shapes[::4] if name in BY_TRITON else shapes:
+
+                    def check(
+                        measure: Callable[..., float] = measure,
+                        shape: tuple[int, int, int] = shape,
+                        dtype: torch.dtype = dtype,
+                        bound: float = bound,
+                    ) -> dict[str, Any]:
+                        return {"error": measure(machine, *shape, dtype), "limit": bound}
+
+                    label = f"{name} {str(dtype).removeprefix('torch.')} {'x'.join(map(str, shape))}"
+                    self.attempt(label, check, lambda found: found["error"] <= found["limit"])
+
+    def result(self) -> dict[str, Any]:
+        return {"ok": not self.wrong, "wrong": self.wrong, "checks": self.errors}
+
+
+def kinds_of(machine: Gpu) -> list[Kind]:
+    """All kernels and libraries but the kernel for Hopper."""
+    eight_bits = tile_dtypes(machine)[2:]
+    kinds: list[Kind] = [
+        ("small_m", small_m_error, WIDE, None),
+        ("tiled", tiled_error, WIDE, None),
+        ("expand", expand_error, WIDE, 0.0),
+        ("small_m", small_m_8_bit_error, eight_bits, None),
+        ("weight only int8", partial(weight_only_error, values=INT8, group_size=None), WIDE, None),
+        ("weight only fp8", partial(weight_only_error, values=FP8, group_size=None), WIDE, None),
+        ("weight only int4 g64", partial(weight_only_error, values=INT4, group_size=64), WIDE, None),
+        ("weight only int4 g128", partial(weight_only_error, values=INT4, group_size=128), WIDE, None),
+        ("tiled int8", partial(weight_only_error, values=INT8, group_size=None, method="tiled"), WIDE, None),
+        ("tiled fp8", partial(weight_only_error, values=FP8, group_size=None, method="tiled"), WIDE, None),
+        ("tiled int4 g64", partial(weight_only_error, values=INT4, group_size=64, method="tiled"), WIDE, None),
+        ("expanded int8", partial(weight_only_error, values=INT8, group_size=None, method="expanded"), WIDE, TWICE),
+        ("expanded int4 g64", partial(weight_only_error, values=INT4, group_size=64, method="expanded"), WIDE, TWICE),
+        ("rows rounded", rounding_error, eight_bits, 1 / 16),
+    ]
+    if machine.has_triton:
+        kinds += [
+            ("triton", triton_error, WIDE, None),
+            ("dense int8", partial(dense_quantized_error, values=INT8, group_size=None), WIDE, None),
+            ("dense int4 g32", partial(dense_quantized_error, values=INT4, group_size=32), WIDE, None),
+        ]
+    if machine.has_cusparselt:
+        kinds.append(("cusparselt", cusparselt_error, WIDE, None))
+        kinds.append(("cusparselt", cusparselt_8_bit_error, eight_bits, TWICE))
+    return kinds
+
+
+def warpgroup_kinds() -> list[Kind]:
+    """The kernel for Hopper with each of its tiles, and with quantized weights."""
+    by_tile = {tile.entry.name: partial(warpgroup_error, tile=tile) for tile in warpgroup.TILES}
+    quantized = partial(weight_only_error, method="warpgroup")
+    return [
+        *[(name, measure, WIDE, None) for name, measure in by_tile.items()],
+        ("warpgroup int8", partial(quantized, values=INT8, group_size=None), WIDE, None),
+        ("warpgroup fp8", partial(quantized, values=FP8, group_size=None), WIDE, None),
+        ("warpgroup int4 g64", partial(quantized, values=INT4, group_size=64), WIDE, TWICE),
+    ]
+
+
 def correctness(machine: Gpu, shapes: list[tuple[int, int, int]]) -> dict[str, Any]:
     """Every error with its limit, the tiles as the kernel sees them, and whether all is well."""
     machine.compile()
-    wide = [torch.bfloat16, torch.float16]
-    kinds: list[tuple[str, Callable[..., float], list[torch.dtype], float | None]] = [
-        ("small_m", small_m_error, wide, None),
-        ("tiled", tiled_error, wide, None),
-        ("expand", expand_error, wide, 0.0),
-        ("small_m", small_m_8_bit_error, tile_dtypes(machine)[2:], None),
-        ("weight only int8", partial(weight_only_error, values=INT8, group_size=None), wide, None),
-        ("weight only fp8", partial(weight_only_error, values=FP8, group_size=None), wide, None),
-        ("weight only int4 g64", partial(weight_only_error, values=INT4, group_size=64), wide, None),
-        ("weight only int4 g128", partial(weight_only_error, values=INT4, group_size=128), wide, None),
-        ("tiled int8", partial(weight_only_error, values=INT8, group_size=None, method="tiled"), wide, None),
-        ("tiled fp8", partial(weight_only_error, values=FP8, group_size=None, method="tiled"), wide, None),
-        ("tiled int4 g64", partial(weight_only_error, values=INT4, group_size=64, method="tiled"), wide, None),
-        ("expanded int8", partial(weight_only_error, values=INT8, group_size=None, method="expanded"), wide, TWICE),
-        ("expanded int4 g64", partial(weight_only_error, values=INT4, group_size=64, method="expanded"), wide, TWICE),
-        ("rows rounded", rounding_error, tile_dtypes(machine)[2:], 1 / 16),
-    ]
-    if machine.is_hopper:
-        each = {f"warpgroup {tile.rows} {tile.cluster}": tile for tile in warpgroup.TILES}
-        kinds += [(name, partial(warpgroup_error, tile=tile), wide, None) for name, tile in each.items()]
-        by_warpgroup = partial(weight_only_error, method="warpgroup")
-        kinds += [
-            ("warpgroup int8", partial(by_warpgroup, values=INT8, group_size=None), wide, None),
-            ("warpgroup fp8", partial(by_warpgroup, values=FP8, group_size=None), wide, None),
-            ("warpgroup int4 g64", partial(by_warpgroup, values=INT4, group_size=64), wide, TWICE),
-        ]
-    if machine.has_triton:
-        kinds += [
-            ("triton", triton_error, wide, None),
-            ("dense int8", partial(dense_quantized_error, values=INT8, group_size=None), wide, None),
-            ("dense int4 g32", partial(dense_quantized_error, values=INT4, group_size=32), wide, None),
-        ]
-    if machine.has_cusparselt:
-        kinds.append(("cusparselt", cusparselt_error, wide, None))
-        kinds.append(("cusparselt", cusparselt_8_bit_error, tile_dtypes(machine)[2:], TWICE))
-    wrong: list[str] = []
-    errors: dict[str, Any] = {}
-
-    def attempt(name: str, check: Callable[[], dict[str, Any]], is_right: Callable[[dict[str, Any]], bool]) -> None:
-        try:
-            errors[name] = check()
-        except Exception as failure:  # Triton has exceptions of its own; the other checks must still run
-            errors[name] = {"failure": str(failure)}
-        if "failure" in errors[name] or not is_right(errors[name]):
-            wrong.append(name)
-            print(f"WRONG: {name}: {str(errors[name])[:200]}", flush=True)
-
+    checks = Checks()
     for dtype in tile_dtypes(machine):
-        attempt(f"tile {dtype}", lambda dtype=dtype: tile_map(machine, dtype), lambda found: found["right"])  # type: ignore[misc]
-    for name, measure, dtypes, limit in kinds:
-        for dtype in dtypes:
-            bound = torch.finfo(dtype if dtype.itemsize == 2 else torch.bfloat16).eps if limit is None else limit
-            for shape in shapes[::4] if name in BY_TRITON else shapes:
-
-                def check(
-                    measure: Callable[..., float] = measure,
-                    shape: tuple[int, int, int] = shape,
-                    dtype: torch.dtype = dtype,
-                    bound: float = bound,
-                ) -> dict[str, Any]:
-                    return {"error": measure(machine, *shape, dtype), "limit": bound}
-
-                label = f"{name} {str(dtype).removeprefix('torch.')} {'x'.join(map(str, shape))}"
-                attempt(label, check, lambda found: found["error"] <= found["limit"])
+        checks.attempt(f"tile {dtype}", partial(tile_map, machine, dtype), lambda found: found["right"])
+    checks.compare(machine, kinds_of(machine), shapes)
     for name, multiply, M in (("small_m", machine.small_m, 5), ("tiled", machine.tiled, 100)):
         again = partial(same_again, machine, multiply, M)
-        attempt(f"{name}, same bits again", lambda again=again: {"same": again()}, lambda found: found["same"])  # type: ignore[misc]
-    return {"ok": not wrong, "wrong": wrong, "checks": errors}
+        checks.attempt(f"{name}, same bits again", lambda again=again: {"same": again()}, lambda found: found["same"])  # type: ignore[misc]
+    return checks.result()

@@ -2,26 +2,28 @@
 
 In this order, each part in a JSON file of its own that grows with it: correctness at odd shapes; decode (1 to 64 rows
 of x) beside cuBLAS, on a dense weight, and cuSPARSELt; CUDA graphs, streams and torch.compile; decode with quantized
-weights; prefill, quantized weights too; other tiles of the kernel for many rows, other cuts of the one for few. Weights
-are read from memory: each call has its own copy, and copies are several times the cache.
+weights; prefill, quantized weights too; Hopper's own kernel, right and fast; other tiles of the kernel for many rows,
+other cuts of the one for few. Weights are read from memory: each call has its own copy, and copies are several times
+the cache.
 """
 
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import torch
 import typer
 
 from benchmarks.gpu import quantized
 from benchmarks.gpu.graphs import graphs
+from benchmarks.gpu.hopper import hopper
 from benchmarks.gpu.kernel_checks import DTYPE, TINY_SHAPES, correctness
 from benchmarks.gpu.kernel_checks import SHAPES as ODD_SHAPES
 from benchmarks.gpu.machines import Rehearsal
-from cast_serve.kernels.cuda import warpgroup
-from cast_serve.kernels.cuda.measurement import Call, Candidate, Gpu, Layer
+from benchmarks.gpu.timed import timed
+from cast_serve.kernels.cuda.measurement import Candidate, Gpu, Layer
 from cast_serve.kernels.cuda.small_m import VARIANTS, Variant, plan
 from cast_serve.kernels.cuda.tiled import Tile, cut_into
 from conversion.atomic import write_text
@@ -49,21 +51,6 @@ TILE_ROWS = [128, 256, 1024, 4096]
 
 Shape = tuple[int, int]
 Record = dict[str, Any]
-Key = TypeVar("Key")
-
-
-def timed(
-    machine: Gpu, calls: Iterable[tuple[Key, Sequence[Call]]], **limits: Any
-) -> tuple[dict[Key, float], dict[str, str]]:
-    """Seconds of each that runs, and why the others do not."""
-    seconds: dict[Key, float] = {}
-    failures: dict[str, str] = {}
-    for key, each in calls:
-        try:
-            seconds[key] = machine.seconds(each, **limits)
-        except Exception as failure:  # each library has its own; the others must still run
-            failures[str(key)] = f"{type(failure).__name__}: {failure}"[:500]
-    return seconds, failures
 
 
 def race(machine: Gpu, shapes: list[Shape], batches: list[int], bandwidth: float) -> Iterator[Record]:
@@ -72,6 +59,7 @@ def race(machine: Gpu, shapes: list[Shape], batches: list[int], bandwidth: float
         layer = Layer(N, K, machine)
         for M in batches:
             candidates = layer.candidates(M)
+            candidates.pop("warpgroup", None)  # see hopper.py
             if machine.capability >= (9, 0):
                 candidates["small_m overlapping"] = Candidate(layer.small_m(M, overlap=True), layer.packed_bytes)
             if machine.has_triton and M <= 64:
@@ -119,14 +107,12 @@ def cuts(machine: Gpu, shapes: list[Shape], batches: list[int], bandwidth: float
 
 
 def tiles(machine: Gpu, shapes: list[Shape], batches: list[int]) -> Iterator[Record]:
-    """Seconds of the kernels for many rows with every tile, and cuBLAS's on a dense weight."""
-    hopper = warpgroup.TILES if machine.is_hopper else ()
-    launch = machine.launcher((*TILES, *hopper), DTYPE)
+    """Seconds of the kernel for many rows with every tile, and cuBLAS's on a dense weight."""
+    launch = machine.launcher(tuple(TILES), DTYPE)
     for N, K in shapes:
         layer = Layer(N, K, machine)
         for M in batches:
             cuts = {tile.entry.name: cut_into(tile, M, N, K, machine.multiprocessors) for tile in TILES}
-            cuts |= {tile.entry.name: warpgroup.cut_into(tile, M, N, K) for tile in hopper}
             calls = {name: layer.tiled(M, cut, launch) for name, cut in cuts.items()} | {"dense": layer.cublas(M)}
             seconds, failures = timed(machine, calls.items(), repeats=5, budget=0.02)
             record = {"M": M, "N": N, "K": K, "seconds": seconds, "failures": failures}
@@ -134,7 +120,17 @@ def tiles(machine: Gpu, shapes: list[Shape], batches: list[int]) -> Iterator[Rec
             yield record
 
 
-PARTS = ("correctness", "decode", "graphs", "decode-quantized", "prefill", "prefill-quantized", "tiles", "cuts")
+PARTS = (
+    "correctness",
+    "decode",
+    "graphs",
+    "decode-quantized",
+    "prefill",
+    "prefill-quantized",
+    "hopper",
+    "tiles",
+    "cuts",
+)
 
 
 def main(
@@ -153,9 +149,9 @@ def main(
     bandwidth = machine.bandwidth()
     print(f"copy: {bandwidth / 1e9:.0f} GB/s", flush=True)
 
-    prefill = PREFILL[:2] if tiny else PREFILL
+    prefill, odd_shapes = (PREFILL[:2], TINY_SHAPES) if tiny else (PREFILL, ODD_SHAPES)
     checks: dict[str, Callable[[], Record]] = {
-        "correctness": lambda: correctness(machine, TINY_SHAPES if tiny else ODD_SHAPES),
+        "correctness": lambda: correctness(machine, odd_shapes),
         "graphs": lambda: {"ok": True} if tiny else graphs(machine),
     }
     races: dict[str, Callable[[], Iterator[Record]]] = {
@@ -163,6 +159,7 @@ def main(
         "decode-quantized": lambda: quantized.race(machine, shapes[:2], DECODE[::3], bandwidth),
         "prefill": lambda: race(machine, shapes[:2], prefill, bandwidth),
         "prefill-quantized": lambda: quantized.race(machine, shapes[:2], prefill[::3], bandwidth),
+        "hopper": lambda: hopper(machine, odd_shapes, shapes[:2], prefill[::2]),
         "tiles": lambda: tiles(machine, shapes[:2], prefill[:1] if tiny else TILE_ROWS),
         "cuts": lambda: cuts(machine, shapes, CUT_ROWS, bandwidth),
     }
@@ -184,6 +181,7 @@ def main(
             records: list[Record] = []
             for record in races[name]():
                 records.append(record)
+                ok &= record.get("ok", True)
                 write(name, {"copy_bandwidth": bandwidth, "records": records})
         print(f"{name}: {time.monotonic() - start:.0f} s after the start", flush=True)
     raise typer.Exit(0 if ok else 1)

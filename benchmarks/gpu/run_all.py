@@ -92,6 +92,7 @@ STEPS = [
     _kernels("decode-quantized", 90),
     _kernels("prefill", 120),
     _kernels("prefill-quantized", 60),
+    _kernels("hopper", 90),
     Step("training-correctness", 60, "benchmarks.gpu.training_correctness", tiny=("--device", "cpu")),
     Step(
         "training-speed-135m",

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,9 +14,7 @@ from benchmarks.gpu.kernel_checks import SHAPES, TINY_SHAPES, correctness
 from benchmarks.gpu.machines import Rehearsal
 from cast_serve.kernels.cuda import warpgroup
 from cast_serve.kernels.cuda.crossover import DEVICES, Table
-from cast_serve.kernels.cuda.linear import Planner
 from cast_serve.kernels.cuda.measurement import Gpu
-from cast_serve.kernels.cuda.plan import Plan
 
 
 def test_a_rehearsal_writes_every_part(tmp_path: Path) -> None:
@@ -32,8 +29,14 @@ def test_a_rehearsal_writes_every_part(tmp_path: Path) -> None:
     assert all(record["speedup_over_dense"]["dense"] == 1 for record in records)
     assert set(records[0]["seconds"]) == {"dense", "small_m", "small_m overlapping", "triton"}
     assert {"tiled", "expanded"} < set(parts["prefill"]["records"][0]["seconds"])
-    tiles = [*kernels.TILES, *warpgroup.TILES]
-    assert parts["tiles"]["records"][0]["seconds"].keys() == {"dense", *(tile.entry.name for tile in tiles)}
+    assert parts["tiles"]["records"][0]["seconds"].keys() == {"dense", *(tile.entry.name for tile in kernels.TILES)}
+    checks, *raced = parts["hopper"]["records"]
+    assert checks["ok"]
+    tiles = {tile.entry.name for tile in warpgroup.TILES}
+    assert {"same bits again", "warpgroup int4 g64 float16 1x16x64"} < set(checks["checks"])
+    assert {f"{tile} bfloat16 1x16x64" for tile in tiles} < set(checks["checks"])
+    assert all(record["taken"] in tiles for record in raced)
+    assert all(set(record["seconds"]) == {"dense", "tiled", *tiles} for record in raced)
     assert all(cut["best"] for cut in parts["cuts"]["records"])
 
 
@@ -86,17 +89,24 @@ def test_graphs_that_do_not_replay_are_found(monkeypatch: pytest.MonkeyPatch, re
     monkeypatch.setattr(torch.ops.cast24, "linear_cuda", linear, raising=False)
     found = graphs.graphs(Rehearsal())
     tests = [name for name in found if name.startswith("graph, ")]
-    assert len(tests) == 9
+    assert len(tests) == 8
     assert all(found[name]["ok"] is replays for name in [*tests, "overlapping"]), found
     assert not found["ok"]  # there are no streams
+
+
+def test_what_hopper_computes_wrongly_fails_the_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Rehearsal, "tiled", lambda x, *weight, **_: Rehearsal.small_m(x, *weight) + 1)
+    with pytest.raises(typer.Exit) as end:
+        kernels.main(tmp_path, ["hopper"], tiny=True)
+    assert end.value.exit_code == 1
+    checks, *_ = json.loads((tmp_path / "hopper.json").read_text())["records"]
+    assert "warpgroup_128_2 bfloat16 1x16x64" in checks["wrong"]
 
 
 def test_what_cannot_run_does_not_end_the_race() -> None:
     class Refuses(Rehearsal):
         @staticmethod
-        def tiled(*weight: Any, planner: Planner, cut: Plan | None, **options: Any) -> Tensor:
-            if planner is warpgroup.plan:
-                return Rehearsal.tiled(*weight, **options)
+        def tiled(*_: object, **__: object) -> Tensor:
             raise RuntimeError("too many resources requested for launch")
 
     (record,) = kernels.race(Refuses(), [(48, 136)], [64], 1e9)
@@ -104,7 +114,7 @@ def test_what_cannot_run_does_not_end_the_race() -> None:
     assert "expanded" in record["seconds"]
     (record,) = kernels.tiles(Refuses(), [(48, 136)], [128])
     assert set(record["seconds"]) == {"dense"}
-    assert len(record["failures"]) == len(kernels.TILES) + len(warpgroup.TILES)
+    assert len(record["failures"]) == len(kernels.TILES)
 
 
 @pytest.mark.gpu

@@ -1,0 +1,52 @@
+"""The kernel for many rows on Hopper, in a process of its own: right, in graphs, and beside cuBLAS.
+
+Copies that cross blocks can hang where they are wrong, and nothing else should be lost then.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+from benchmarks.gpu.graphs import method_in_graph
+from benchmarks.gpu.kernel_checks import DTYPE, Checks, same_again, warpgroup_kinds
+from benchmarks.gpu.timed import timed
+from cast_serve.kernels.cuda import warpgroup
+from cast_serve.kernels.cuda.linear import TYPES
+from cast_serve.kernels.cuda.measurement import Gpu, Layer
+
+Record = dict[str, Any]
+
+
+def checks(machine: Gpu, shapes: list[tuple[int, int, int]]) -> Record:
+    """Every tile at odd shapes, the same bits again, and in a graph; "ok" if all is well."""
+    found = Checks()
+    found.compare(machine, warpgroup_kinds(), shapes)
+    again = partial(same_again, machine, partial(machine.tiled, planner=warpgroup.plan), 300)
+    found.attempt("same bits again", lambda: {"same": again()}, lambda each: each["same"])
+    if machine.device.type == "cuda":
+        found.attempt("graph", partial(method_in_graph, machine, "warpgroup"), lambda each: each["ok"])
+    return found.result()
+
+
+def race(machine: Gpu, shapes: list[tuple[int, int]], batches: list[int]) -> Iterator[Record]:
+    """Seconds of each tile and of cuBLAS on a dense weight, and which tile would have been taken."""
+    for N, K in shapes:
+        layer = Layer(N, K, machine)
+        for M in batches:
+            calls = {"dense": layer.cublas(M), "tiled": layer.tiled(M)}
+            for tile in warpgroup.TILES:
+                calls[tile.entry.name] = layer.tiled(M, warpgroup.cut_into(tile, M, N, K))
+            seconds, failures = timed(machine, calls.items())
+            taken = warpgroup.plan(M, N, K, machine.multiprocessors, TYPES[DTYPE, DTYPE]).kernel.entry.name
+            record = {"M": M, "N": N, "K": K, "taken": taken, "seconds": seconds, "failures": failures}
+            print(record, flush=True)
+            yield record
+
+
+def hopper(
+    machine: Gpu, odd_shapes: list[tuple[int, int, int]], shapes: list[tuple[int, int]], batches: list[int]
+) -> Iterator[Record]:
+    """What `checks` finds, then the race; nothing on other GPUs."""
+    if machine.is_hopper:
+        yield checks(machine, odd_shapes)
+        yield from race(machine, shapes, batches)
