@@ -11,8 +11,8 @@ from rich.table import Table
 
 from cast_train.dataset import TokenBlocks, load_tokens
 from cast_train.distillation import TeacherTop, distillation_loss
+from cast_train.hidden_states import last_hidden_state
 from cast_train.teacher_cache import top_k
-from cast_train.trainer import last_hidden_state
 from conversion.checkpoint import Checkpoint
 from conversion.dense_model import dense_model
 from conversion.tokenizer import load_tokenizer

@@ -31,8 +31,9 @@ from cast_train.config import CastConfig
 from cast_train.devices import peak_flops
 from cast_train.distillation import distillation_loss
 from cast_train.flops import token_flops
+from cast_train.hidden_states import last_hidden_state
 from cast_train.sparse_model import sparsify
-from cast_train.trainer import CastTrainer, last_hidden_state, training_arguments
+from cast_train.trainer import CastTrainer, training_arguments
 from conversion.checkpoint import Checkpoint
 from conversion.dense_model import dense_model
 

@@ -199,8 +199,8 @@ def train(
 ) -> None:
     """Train a dense model to exact 2:4 sparsity, with CAST or a method to compare it with.
 
-    Needs a Llama, Mistral, Qwen2, Qwen3, GPT-2 or OPT model with safetensors weights. Checkpoints and metrics lie in
-    OUT.run until OUT is complete. Example:
+    Needs a Llama, Mistral, Qwen2, Qwen3, SmolLM3, Granite, GPT-2 or OPT model with safetensors weights. Checkpoints
+    and metrics lie in OUT.run until OUT is complete. Example:
 
         cast train HuggingFaceTB/SmolLM2-135M-Instruct --data texts/ --out smollm2-24 --preset quick
     """

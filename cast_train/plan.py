@@ -25,6 +25,7 @@ from cast_train.config import TrainConfig
 from cast_train.devices import ACCELERATORS
 from cast_train.distillation import ACCELERATOR_LOGITS, distillation_loss
 from cast_train.flops import token_flops
+from cast_train.hidden_states import last_hidden_state
 from cast_train.methods.finetune import FinetuneConfig
 from cast_train.sparse_model import is_transposed, scope, sparsify
 from conversion.errors import InputError
@@ -265,9 +266,9 @@ def print_plan(plan: Plan, console: Console) -> None:
 def _loss(student: PreTrainedModel, teacher: PreTrainedModel | None, ids: Tensor, config: TrainConfig) -> Tensor:
     teacher_hidden = teacher_head = None
     if teacher is not None:
-        teacher_hidden = teacher.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        teacher_hidden = last_hidden_state(teacher, ids)
         teacher_head = teacher.get_output_embeddings().weight
-    hidden = student.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    hidden = last_hidden_state(student, ids)
     head = student.get_output_embeddings().weight
     return distillation_loss(hidden, head, ids, teacher_hidden, teacher_head, eta=config.eta).loss
 

@@ -28,6 +28,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
 from cast_train.dataset import TokenBlocks
+from cast_train.hidden_states import last_hidden_state
 from conversion.atomic import write_text
 from conversion.errors import InputError
 from conversion.progress import shown_progress
@@ -167,7 +168,7 @@ def fill(
             rows = left[start : start + batch]
             ids = torch.stack([blocks[row]["input_ids"] for row in rows]).to(device)
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                hidden = teacher.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
+                hidden = last_hidden_state(teacher, ids)[:, :-1]
                 for row, hidden_row in zip(rows, hidden, strict=True):
                     top, log_probs, tail = top_k(F.linear(hidden_row.to(head.dtype), head), k)
                     cache.ids[row] = top.cpu().numpy()

@@ -11,7 +11,6 @@ import torch
 from accelerate import DistributedType, FullyShardedDataParallelPlugin
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import SequentialSampler
@@ -27,6 +26,7 @@ from transformers.training_args import ParallelMode
 
 from cast_train.config import TrainConfig
 from cast_train.distillation import IGNORE_INDEX, DistillationLoss, TeacherTop, distillation_loss
+from cast_train.hidden_states import before_head, last_hidden_state
 from cast_train.masked_adam import MaskedAdam
 from cast_train.methods import trained_method
 from cast_train.methods.finetune import FinetuneConfig
@@ -204,7 +204,7 @@ class CastTrainer(Trainer):
         if "teacher_ids" in inputs:
             top = TeacherTop(inputs["teacher_ids"], inputs["teacher_log_probs"], inputs["teacher_tail"])
         return distillation_loss(
-            output.hidden_states[-1],
+            before_head(self.student, output.hidden_states[-1]),
             head,
             inputs.get("labels", ids),
             teacher_hidden,
@@ -254,20 +254,6 @@ class CastTrainer(Trainer):
         self.accelerator.wait_for_everyone()  # have written their parts
         if self.args.should_save:
             (checkpoint / _COMPLETE).touch()
-
-
-def last_hidden_state(model: PreTrainedModel, ids: Tensor, **places: Tensor) -> Tensor:
-    """Return the hidden states [batch, length, hidden] that lm_head is applied to.
-
-    `places` may be attention_mask and position_ids.
-    """
-    hidden: Tensor
-    if isinstance(model, FSDPModule):  # gathers the parameters of what is called, so that must be all of the model
-        outputs = model(input_ids=ids, **places, output_hidden_states=True, logits_to_keep=1, use_cache=False)
-        hidden = outputs.hidden_states[-1]
-    else:
-        hidden = model.base_model(input_ids=ids, **places, use_cache=False).last_hidden_state
-    return hidden
 
 
 def compile_blocks(model: PreTrainedModel) -> None:

@@ -39,6 +39,8 @@ FAMILIES: dict[str, Family] = {
     "mistral": _LLAMA,
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,
+    "smollm3": _LLAMA,
+    "granite": _LLAMA,
     "gpt2": Family(
         re.compile(r"(transformer\.)?h\.\d+\."),
         "wte.weight",

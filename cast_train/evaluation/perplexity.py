@@ -7,6 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 from cast_train.evaluation.agreement import CHUNK_LOGITS, divergence
+from cast_train.hidden_states import last_hidden_state
 from conversion.progress import track
 
 
@@ -50,7 +51,7 @@ def score_windows(
         logits = model(window[None], use_cache=False).logits[0, :-1]
         total -= _log_likelihoods(logits, window[1:]).double().sum()
         if teacher is not None:
-            hidden = teacher.base_model(input_ids=window[None], use_cache=False).last_hidden_state[0, :-1]
+            hidden = last_hidden_state(teacher, window[None])[0, :-1]
             window_kl, window_same = divergence(logits, hidden, teacher.get_output_embeddings().weight)
             kl += window_kl.double().sum()
             same += window_same.sum()

@@ -21,7 +21,7 @@ _LLAMA = {
     "mlp.down_proj": ("mlp.down_proj",),
 }
 _STACKED: dict[str, dict[str, tuple[str, ...]]] = {
-    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), _LLAMA),
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "smollm3", "granite"), _LLAMA),
     "gpt2": {
         "attn.qkv_proj": ("attn.c_attn",),
         "attn.o_proj": ("attn.c_proj",),

@@ -72,6 +72,30 @@ class Qwen3(TransformersDecoder, builders.Qwen3Model):
     pass
 
 
+class SmolLM3(Llama):
+    def make_attention(self, layer_id: int, attention: Any, root_input: str, **kwargs: Any) -> None:
+        """Without positions in some of the layers, where the stock builder makes rotary nodes of their own."""
+        rotates = bool(self.weights.config.no_rope_layers[layer_id])
+        self.attention_attrs |= {"rope": rotates, "use_rope_in_attn": rotates}
+        super().make_attention(layer_id, attention, root_input, **kwargs)
+
+
+class Granite(Llama):
+    """x + r f(norm(x)) is r times x / r + f(norm(x / r)), epsilon over r^2: so blocks are those of a Llama."""
+
+    def __init__(self, config: Any, *rest: Any) -> None:
+        super().__init__(config, *rest)
+        self.embed_attrs["scale"] = config.embedding_multiplier / config.residual_multiplier
+        self.attention_attrs["scale"] = config.attention_multiplier
+        self.layernorm_attrs["epsilon"] = config.rms_norm_eps / config.residual_multiplier**2
+
+    def final_norm(self) -> torch.nn.Module:
+        """With the scale of the logits in its weight: so the graph ends in lm_head, as others do."""
+        norm = copy.deepcopy(super().final_norm())
+        norm.weight.data /= self.weights.config.logits_scaling
+        return norm
+
+
 def stock_graph(model: PreTrainedModel) -> ir.Model:
     """The graph of `stock_builder` for CPUs, in float32."""
     graph: ir.Model = stock_builder(model, "cpu", ir.DataType.FLOAT).model
@@ -94,7 +118,8 @@ def stock_builder(model: PreTrainedModel, provider: str, dtype: ir.DataType) -> 
     from conversion.onnx.gpt2 import GPT2
     from conversion.onnx.opt import OPT
 
-    families = {"llama": Llama, "mistral": Mistral, "qwen2": Qwen2, "qwen3": Qwen3, "gpt2": GPT2, "opt": OPT}
+    families = {"llama": Llama, "mistral": Mistral, "qwen2": Qwen2, "qwen3": Qwen3, "smollm3": SmolLM3}
+    families |= {"granite": Granite, "gpt2": GPT2, "opt": OPT}
     family = families[model.config.model_type]
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]

@@ -91,10 +91,11 @@ def blocks(count: int) -> TokenBlocks:
     return TokenBlocks(TokenCache(tokens, "text", int(tokens.max())), 8, count, seed=3)
 
 
+@pytest.mark.parametrize("family", ["llama", "granite"])
 def test_an_interrupted_filling_goes_on_and_later_passes_find_their_rows(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
 ) -> None:
-    teacher = make_model(CONFIGS["llama"], sparse=False).eval()
+    teacher = make_model(CONFIGS[family], sparse=False).eval()
     text = blocks(14)  # six blocks of text: more than two passes
     assert text.rows == 6
     cache = TeacherCache.open(tmp_path / "cache", {"data": "a"}, 6, 7, 5, VOCABULARY)

@@ -30,7 +30,7 @@ from cast_train.trainer import CastTrainer, last_checkpoint, training_arguments
 from cast_train.training import train
 from conversion.errors import InputError, Interrupted
 from conversion.families import family_of, in_scope
-from tests.cast_train.tiny import BUDGET, config, save_model, write_text
+from tests.cast_train.tiny import BUDGET, FAMILIES, config, save_model, write_text
 from tests.conversion.models import CONFIGS, make_model
 
 
@@ -106,10 +106,12 @@ def test_accumulated_micro_batches_are_one_batch(llama: Setting) -> None:
     assert norms[1] == pytest.approx(norms[0], rel=1e-3)  # Adam's steps would hide a factor
 
 
-def trainer_of(examples: list[dict[str, torch.Tensor]], directory: Path, **changes: Any) -> CastTrainer:
+def trainer_of(
+    examples: list[dict[str, torch.Tensor]], directory: Path, family: str = "llama", **changes: Any
+) -> CastTrainer:
     """For somebody's own loop over `examples`, with a teacher that is another model."""
     settings = config(warm_start="none", shrink=0.0, save_steps=100, **changes)
-    student, teacher = (make_model(CONFIGS["llama"], sparse=sparse) for sparse in (False, True))
+    student, teacher = (make_model(CONFIGS[family], sparse=sparse) for sparse in (False, True))
     args = training_arguments(settings, directory)
     return CastTrainer(sparsify(student, settings), settings, teacher, args=args, train_dataset=examples)
 
@@ -130,6 +132,19 @@ def test_tokens_with_a_label_count_alike_however_they_are_spread(tmp_path: Path)
         )
     assert found[1] == pytest.approx(found[0], rel=1e-4)
     assert found[2] == pytest.approx(found[0], rel=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_loss_is_that_of_the_models_own_logits(family: str, tmp_path: Path) -> None:
+    trainer = trainer_of([], tmp_path / "run", family)
+    ids = torch.randint(3, 97, (2, 12), generator=torch.Generator().manual_seed(0))
+    assert trainer.teacher is not None
+    with torch.no_grad():
+        p, q = (model.eval()(ids).logits[:, :-1].log_softmax(-1) for model in (trainer.teacher, trainer.student))
+        losses = trainer.distillation(trainer.student, {"input_ids": ids})
+    ce = -q.gather(-1, ids[:, 1:, None]).mean()
+    kl = (p.exp() * (p - q)).sum(-1).mean()
+    assert (losses.ce.item(), losses.kl.item()) == pytest.approx((ce.item(), kl.item()), rel=1e-4)
 
 
 def test_padding_is_seen_by_neither_model(tmp_path: Path) -> None:

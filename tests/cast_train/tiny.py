@@ -11,7 +11,7 @@ from cast_train.config import CastConfig
 from tests.conversion.models import CONFIGS, make_model
 
 EOS = "<eos>"
-FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gpt2", "opt"]
+FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "smollm3", "granite", "gpt2", "opt"]
 
 
 def tokenizer() -> PreTrainedTokenizerFast:

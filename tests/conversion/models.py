@@ -7,6 +7,7 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
+    GraniteConfig,
     LlamaConfig,
     MistralConfig,
     OPTConfig,
@@ -14,6 +15,7 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
+    SmolLM3Config,
 )
 
 from conversion import save_packed
@@ -48,6 +50,21 @@ CONFIGS: dict[str, PretrainedConfig] = {
     "mistral": MistralConfig(**_WHOLE_PANELS, sliding_window=3),
     "qwen2": Qwen2Config(**_LLAMA_LIKE, tie_word_embeddings=True),
     "qwen3": Qwen3Config(**_WHOLE_PANELS, head_dim=16),
+    "smollm3": SmolLM3Config(
+        **_WHOLE_PANELS,
+        no_rope_layers=[1, 0],
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    ),
+    "granite": GraniteConfig(
+        **_WHOLE_PANELS,
+        embedding_multiplier=3.0,
+        attention_multiplier=0.2,
+        residual_multiplier=0.3,
+        rms_norm_eps=0.01,
+        logits_scaling=2.0,
+    ),
     "gpt2": GPT2Config(
         vocab_size=97, n_positions=64, n_embd=32, n_layer=2, n_head=4, n_inner=56, bos_token_id=1, eos_token_id=2
     ),

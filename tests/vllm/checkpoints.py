@@ -4,7 +4,16 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from transformers import GPT2Config, LlamaConfig, OPTConfig, PretrainedConfig, PreTrainedTokenizerFast, Qwen2Config
+from transformers import (
+    GPT2Config,
+    GraniteConfig,
+    LlamaConfig,
+    OPTConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    SmolLM3Config,
+)
 
 from conversion import save_packed
 from conversion.dense_model import dense_model
@@ -32,6 +41,8 @@ CONFIGS: dict[str, PretrainedConfig] = {
     "qwen2": Qwen2Config(**_SHAPE, tie_word_embeddings=False),  # has biases
     # down_proj keeps its 100 columns dense, no multiple of 8
     "llama-ignore": LlamaConfig(**(_SHAPE | {"intermediate_size": 100}), tie_word_embeddings=False),
+    "smollm3": SmolLM3Config(**_SHAPE, no_rope_layers=[1, 0], pad_token_id=0),
+    "granite": GraniteConfig(**_SHAPE, embedding_multiplier=3.0, residual_multiplier=0.3, logits_scaling=2.0),
     "gpt2": GPT2Config(
         vocab_size=321, n_positions=256, n_embd=128, n_inner=192, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=2
     ),

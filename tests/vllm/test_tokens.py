@@ -14,7 +14,7 @@ FLOAT_ACTIVATIONS = {"cast24_float_activations": True}
 INT8_ROWS, INT4_GROUPS = Quantization(INT8, None), Quantization(INT4, 32)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "llama-ignore", "gpt2", "opt"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "smollm3", "granite", "llama-ignore", "gpt2", "opt"])
 def test_float_values_give_the_dense_models_tokens(name: str, checkpoints: Checkpoints) -> None:
     assert tokens(checkpoints.packed(name)) == tokens(checkpoints.dense(name))
 
