@@ -36,7 +36,6 @@ CASES = {
     "mistral-sharded": (CONFIGS["mistral"], torch.bfloat16, "20KB", 2 * 4),
     "qwen2": (CONFIGS["qwen2"], torch.float32, "1GB", 2 * 5),
     "qwen3": (CONFIGS["qwen3"], torch.float16, "1GB", 2 * 4),
-    "smollm3": (CONFIGS["smollm3"], torch.bfloat16, "1GB", 2 * 4),
     "granite": (CONFIGS["granite"], torch.float32, "1GB", 2 * 4),
     "gpt2": (CONFIGS["gpt2"], torch.float32, "1GB", 2 * 4),
     "opt": (CONFIGS["opt"], torch.float16, "1GB", 2 * 4),
