@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cast_serve.kernels.cuda import cusparselt, dense_quantized, tiled, warpgroup
+from cast_serve.kernels.cuda import cusparselt, dense_quantized, warpgroup
 from cast_serve.kernels.cuda.layout import from_fragments
-from cast_serve.kernels.cuda.linear import Planner
 from cast_serve.kernels.cuda.measurement import Gpu
 from cast_serve.kernels.cuda.plan import Plan
 from cast_serve.kernels.cuda.random_weights import QuantizedWeight, Weight, random_values
@@ -45,13 +44,11 @@ def small_m_error(machine: Gpu, M: int, N: int, K: int, dtype: torch.dtype) -> f
     return relative_error(machine.small_m(x, *weight.packed, N, bias), x, weight.dense, bias)
 
 
-def tiled_error(
-    machine: Gpu, M: int, N: int, K: int, dtype: torch.dtype, planner: Planner = tiled.plan, cut: Plan | None = None
-) -> float:
+def tiled_error(machine: Gpu, M: int, N: int, K: int, dtype: torch.dtype, cut: Plan | None = None) -> float:
     device = machine.device
     weight, x = Weight(N, K, dtype, device), random_values(M, K, dtype, device)
     bias = torch.randn(N, device=device).to(dtype)
-    return relative_error(machine.tiled(x, *weight.packed, N, bias, planner=planner, cut=cut), x, weight.dense, bias)
+    return relative_error(machine.tiled(x, *weight.packed, N, bias, cut=cut), x, weight.dense, bias)
 
 
 def warpgroup_error(machine: Gpu, M: int, N: int, K: int, dtype: torch.dtype, tile: WarpgroupTile) -> float:

@@ -3,6 +3,7 @@
 import ctypes
 import importlib.util
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -274,6 +275,7 @@ def ring(device: torch.device) -> Ring:
     return _rings[device]
 
 
+@cache
 def is_hopper(device: int) -> bool:
     """Whether the GPU with this index runs sm_90a's code."""
     return torch.cuda.get_device_capability(device) == (9, 0)

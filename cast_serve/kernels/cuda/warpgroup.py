@@ -9,9 +9,10 @@ from cast_serve.kernels.cuda.tiled import WEIGHT_BYTES
 
 COLUMNS = 128
 """Of y, that a block makes: rows of the weight."""
-_SHARED = 227 << 10
+_STAGES = 6
+"""Buffers of 64 columns of x: 192 KB at most, and further ahead than memory is behind."""
 _BARRIERS = 1024
-"""Bytes of a block's shared memory, and of that for barriers; as much again is lost to alignment."""
+"""Bytes of shared memory for barriers; as much again is lost to alignment."""
 _PANEL = 16
 """Blocks along the weight's rows that run at about the same time: together 9 MB of a weight of 4096 columns."""
 
@@ -27,16 +28,14 @@ class WarpgroupTile:
 
     rows: int
     cluster: int
-    blocks: int = 1
 
     @property
-    def stages(self) -> int:
-        """Buffers of 64 columns of x; more than six are further ahead than any memory is behind."""
-        return min(6, (_SHARED - 2 * _BARRIERS) // (128 * self.rows))
+    def blocks(self) -> int:
+        return 1
 
     @cached_property
     def entry(self) -> Entry:
-        shared_bytes = 128 * self.rows * self.stages + 2 * _BARRIERS
+        shared_bytes = 128 * self.rows * _STAGES + 2 * _BARRIERS
         return Entry(f"warpgroup_{self.rows}_{self.cluster}", 384, self.cluster, shared_bytes)
 
     @property
@@ -45,7 +44,7 @@ class WarpgroupTile:
         return self.rows // self.cluster
 
     def macro(self, types: Types) -> str:
-        return types.macro("CAST24_WARPGROUP", self.entry, (self.rows, self.cluster, self.stages))
+        return types.macro("CAST24_WARPGROUP", self.entry, (self.rows, self.cluster, _STAGES))
 
 
 TILES = (WarpgroupTile(128, 2), WarpgroupTile(128, 4), WarpgroupTile(256, 2), WarpgroupTile(256, 4))

@@ -14,7 +14,7 @@
 
 namespace cast24 {
 
-// As arguments.py describes it; the driver encodes that for the GPU.
+// As tensor_map.py describes it; the driver encodes that for the GPU.
 struct TensorMap {
   const unsigned char* data;
   int64_t columns, rows, stride;  // stride: bytes from row to row

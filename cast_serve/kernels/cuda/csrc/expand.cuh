@@ -27,15 +27,11 @@ __device__ __forceinline__ void expand_step(const ExpandArguments& arg) {
     for (int quarter = 0; quarter < 4; ++quarter) {  // rows g and g + 8, then the same 16 columns further
       unsigned kept = quarter == 0 ? a.x : quarter == 1 ? a.y : quarter == 2 ? a.z : a.w;
       const int row = g + quarter % 2 * 8, n = tile * 16 + row, k = step * 64 + 32 * h + quarter / 2 * 16 + 4 * t;
-      unsigned low = kept & 0xffff, high = kept >> 16;
-      if constexpr (Traits<T>::kGroups) {
-        const float scale = load(arg.w_scale + (tile * arg.groups + step / arg.group_steps) * 16 + row);
-        low = from_float(Out(), to_float(Out(), static_cast<unsigned short>(low)) * scale);
-        high = from_float(Out(), to_float(Out(), static_cast<unsigned short>(high)) * scale);
-      }
+      if constexpr (Traits<T>::kGroups)
+        kept = scaled(Out(), kept, load(arg.w_scale + (tile * arg.groups + step / arg.group_steps) * 16 + row));
       const unsigned where = load(arg.metadata + at * 32 + 4 * g + 2 * h + quarter / 2) >> (quarter % 2 * 16 + 4 * t);
-      const unsigned long long group = static_cast<unsigned long long>(low) << (where & 3) * 16 |
-                                       static_cast<unsigned long long>(high) << (where >> 2 & 3) * 16;
+      const unsigned long long group = static_cast<unsigned long long>(kept & 0xffff) << (where & 3) * 16 |
+                                       static_cast<unsigned long long>(kept >> 16) << (where >> 2 & 3) * 16;
       if (n < arg.N && k < arg.K)
         *reinterpret_cast<unsigned long long*>(arg.dense + static_cast<long long>(n) * arg.K + k) = group;
     }

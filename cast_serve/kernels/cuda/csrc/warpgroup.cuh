@@ -16,14 +16,6 @@ struct WarpgroupArguments {
   LinearArguments linear;
 };
 
-// Two 16-bit floats times a scale.
-template <class Out>
-__device__ __forceinline__ unsigned scaled(Out, unsigned pair, float scale) {
-  const float low = to_float(Out(), static_cast<unsigned short>(pair & 0xffff));
-  const float high = to_float(Out(), static_cast<unsigned short>(pair >> 16));
-  return from_float(Out(), low * scale) | static_cast<unsigned>(from_float(Out(), high * scale)) << 16;
-}
-
 // Grid: (a multiple of kCluster, 1, panels x ceil(M / kRows)), a panel being the gridDim.x x 128 rows of the weight that
 // blocks which run at the same time share; blocks of 384 threads.
 template <class T, class Out, int kRows, int kCluster, int kStages>

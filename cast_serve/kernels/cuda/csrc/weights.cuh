@@ -110,6 +110,14 @@ __device__ __forceinline__ uint4 operand_a(In in, W4, const unsigned (&words)[2]
                     pair_of_half_bytes(in, words[h], 2), pair_of_half_bytes(in, words[h], 3));
 }
 
+// Two 16-bit floats times a scale.
+template <class Out>
+__device__ __forceinline__ unsigned scaled(Out, unsigned pair, float scale) {
+  const float low = to_float(Out(), static_cast<unsigned short>(pair & 0xffff));
+  const float high = to_float(Out(), static_cast<unsigned short>(pair >> 16));
+  return from_float(Out(), low * scale) | static_cast<unsigned>(from_float(Out(), high * scale)) << 16;
+}
+
 // The type that weights of type T are multiplied in, by x that becomes y of type Out.
 template <class T, class Out>
 struct ProductOf {
