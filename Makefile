@@ -22,7 +22,8 @@ test: $(VENV)/.installed
 vllm: $(VLLM_VENV)/.installed
 
 test-vllm: $(VLLM_VENV)/.installed
-	$(VLLM_VENV)/bin/python -m pytest tests/vllm --disable-warnings
+	$(VLLM_VENV)/bin/python -m pytest tests/vllm --disable-warnings \
+		--numprocesses logical --maxprocesses 2 --dist worksteal
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check
