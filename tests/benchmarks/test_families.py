@@ -1,6 +1,7 @@
 """The stages of `cast pipeline` with every model family: the real commands, on less text and under a shorter load.
 
-The load test does not see which family it measures, so only two go that far; the others end with a request to the engine.
+The load test does not see which family it measures, so only two go that far: the others end with a request to
+the engine.
 """
 
 import copy
