@@ -263,9 +263,12 @@ def test_a_failing_step_fails_its_requests_and_no_others(onnx_dir: Path, monkeyp
 
 def test_an_engine_that_stopped_says_so_to_everyone(onnx_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Engine(onnx_dir, max_batch_size=1)
-    steps = iter([engine._scheduler.schedule] * 3)
+    steps, submitted = iter([engine._scheduler.schedule] * 3), threading.Event()
     monkeypatch.setattr(engine._scheduler, "schedule", lambda: next(steps)())
+    run = engine._model.run
+    monkeypatch.setattr(engine._model, "run", lambda chunks: (submitted.wait(), run(chunks))[1])
     generations = [engine.submit([7, 1], GREEDY) for _ in range(3)]
+    submitted.set()
     for generation in generations:
         with pytest.raises(EngineError, match="the engine has stopped: StopIteration"):
             list(generation)
