@@ -44,7 +44,7 @@ Tasks = Annotated[str | None, typer.Option(help="Zero-shot tasks by name, with c
 Limit = Annotated[int | None, typer.Option(help="Most items of each zero-shot task.", min=1)]
 Keep = Annotated[bool, typer.Option("--keep-models", help="Leave trained models in --work.")]
 Out = Annotated[Path, typer.Option(help="Directory of the results.")]
-DEFAULT_METHODS = "dense,magnitude,wanda,sparsegpt,gmp,srste,ast,cast"
+DEFAULT_METHODS = "dense,magnitude,wanda,sparsegpt,admm,gmp,srste,ast,cast"
 
 
 @app.command()

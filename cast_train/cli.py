@@ -24,7 +24,7 @@ def train(
     out: Annotated[Path | None, typer.Option(help="Directory to make for the 2:4 model.")] = None,
     method: Annotated[
         str,
-        typer.Option(help="Trained: cast, srste, gmp or ast. Without training: magnitude, wanda or sparsegpt."),
+        typer.Option(help="Trained: cast, srste, gmp or ast. Without training: magnitude, wanda, sparsegpt or admm."),
     ] = "cast",
     preset: Annotated[
         str,
@@ -48,7 +48,7 @@ def train(
     ] = None,
     warm_start: Annotated[
         str | None,
-        typer.Option(help="One-shot start: none, magnitude, wanda or sparsegpt.", rich_help_panel=_PRUNING),
+        typer.Option(help="One-shot start: none, magnitude, wanda, sparsegpt or admm.", rich_help_panel=_PRUNING),
     ] = None,
     shrink: Annotated[
         float | None,

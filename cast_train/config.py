@@ -51,12 +51,12 @@ class TrainConfig(BaseModel):
     """Most likely tokens of the teacher that are kept at each position; None runs the teacher itself."""
 
     # Start
-    warm_start: Literal["none", "magnitude", "wanda", "sparsegpt"] = "none"
+    warm_start: Literal["none", "magnitude", "wanda", "sparsegpt", "admm"] = "none"
     """One-shot pruning whose kept weights training starts from."""
     shrink: float = Field(0.0, ge=0, le=1)
     """Masked weights are multiplied by this at a warm start, instead of being cut."""
     calibration_tokens: int = Field(65536, ge=1)
-    """Training tokens that wanda and sparsegpt see."""
+    """Training tokens that one-shot methods but magnitude see."""
 
     # Budget
     batch_tokens: int = Field(256 * 4096, ge=1)

@@ -12,11 +12,36 @@ from conversion.progress import track
 
 SEQUENCES_PER_FORWARD = 8
 
-BlockInputs = tuple[tuple[Any, ...], dict[str, Any]]
+BlockCall = tuple[tuple[Any, ...], dict[str, Any]]
+"""What a block is called with; the hidden states are its first argument."""
 
 
-class _Reached(Exception):
+class Reached(Exception):
     """Ends the model's forward where all that was wanted of it has been seen."""
+
+
+def walk_blocks(
+    model: PreTrainedModel, calibration: Tensor, description: str
+) -> Iterator[tuple[nn.Module, list[BlockCall]]]:
+    """Yield each block with its calls, one a batch, behind the blocks before it as the caller left them."""
+    training = model.training
+    model.eval()
+    blocks = transformer_blocks(model)
+    kinds = getattr(model.config, "layer_types", None) or ["every"] * len(blocks)
+    given = [_first_calls(model, blocks, kinds, batch) for batch in calibration.split(SEQUENCES_PER_FORWARD)]
+    hidden = [of_kind[kinds[0]][0][0] for of_kind in given]
+    for block, kind in track(list(zip(blocks, kinds, strict=True)), description):
+        calls = [((x, *of_kind[kind][0][1:]), of_kind[kind][1]) for x, of_kind in zip(hidden, given, strict=True)]
+        yield block, calls
+        hidden = [forward(block, call) for call in calls]
+    model.train(training)
+
+
+def forward(block: nn.Module, call: BlockCall) -> Tensor:
+    """The hidden states that a block returns."""
+    args, kwargs = call
+    output = block(*args, **kwargs)
+    return output[0] if isinstance(output, tuple) else output
 
 
 def input_grams(
@@ -45,17 +70,8 @@ def input_sums(
         description: of the progress bar.
         of: of a batch's inputs, added up over the batches.
     """
-    training = model.training
-    model.eval()
-    blocks = transformer_blocks(model)
-    kinds = getattr(model.config, "layer_types", None) or ["every"] * len(blocks)
-    given = [_inputs(model, blocks, kinds, batch) for batch in calibration.split(SEQUENCES_PER_FORWARD)]
-    hidden = [of_kind[kinds[0]][0][0] for of_kind in given]
-    for block, kind in track(list(zip(blocks, kinds, strict=True)), description):
-        inputs = [((x, *of_kind[kind][0][1:]), of_kind[kind][1]) for x, of_kind in zip(hidden, given, strict=True)]
-        yield _block_sums(block, [module for module in block.modules() if module in linears], inputs, of)
-        hidden = [_forward(block, args, kwargs) for args, kwargs in inputs]
-    model.train(training)
+    for block, calls in walk_blocks(model, calibration, description):
+        yield _block_sums(block, [module for module in block.modules() if module in linears], calls, of)
 
 
 def transformer_blocks(model: PreTrainedModel) -> list[nn.Module]:
@@ -64,19 +80,19 @@ def transformer_blocks(model: PreTrainedModel) -> list[nn.Module]:
     return list(next(m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count))
 
 
-def _inputs(
+def _first_calls(
     model: PreTrainedModel, blocks: list[nn.Module], kinds: Sequence[str], batch: Tensor
-) -> dict[str, BlockInputs]:
+) -> dict[str, BlockCall]:
     """What the first block of each kind is called with: those with a sliding window get a mask of their own."""
-    found: dict[str, BlockInputs] = {}
+    found: dict[str, BlockCall] = {}
 
     def catch(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         found.setdefault(kinds[blocks.index(block)], (args, kwargs))
         if len(found) == len(set(kinds)):
-            raise _Reached
+            raise Reached
 
     handles = [block.register_forward_pre_hook(catch, with_kwargs=True) for block in blocks]
-    with contextlib.suppress(_Reached):
+    with contextlib.suppress(Reached):
         model(batch, use_cache=False)
     for handle in handles:
         handle.remove()
@@ -84,7 +100,7 @@ def _inputs(
 
 
 def _block_sums(
-    block: nn.Module, linears: list[nn.Module], inputs: list[BlockInputs], of: Callable[[Tensor], Tensor]
+    block: nn.Module, linears: list[nn.Module], calls: list[BlockCall], of: Callable[[Tensor], Tensor]
 ) -> dict[nn.Module, Tensor]:
     """Linears that read the same tensor (q, k, v) share one sum."""
     sums: dict[nn.Module, Tensor] = {}
@@ -97,14 +113,9 @@ def _block_sums(
         sums[module] = sums[module] + last[1] if module in sums else last[1]
 
     handles = [linear.register_forward_pre_hook(accumulate) for linear in linears]
-    for args, kwargs in inputs:
-        _forward(block, args, kwargs)
+    for call in calls:
+        forward(block, call)
         last = None
     for handle in handles:
         handle.remove()
     return sums
-
-
-def _forward(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    output = block(*args, **kwargs)
-    return output[0] if isinstance(output, tuple) else output

@@ -20,17 +20,25 @@ class Family:
         embedding: last part of the token embedding's name.
         transposed: True where checkpoints store weights as [in, out] (GPT-2's Conv1D) instead of [out, in].
         outside: last parts of the names of the other tensors outside the blocks, lm_head apart.
+        residual_adders: a block's linears whose outputs are added to the residual stream, each with the module that
+            reads the stream before.
         ties_embeddings: whether lm_head shares the embedding where config.json does not say.
     """
 
     block: re.Pattern[str]
     embedding: str
     outside: tuple[str, ...]
+    residual_adders: dict[str, str]
     transposed: bool = False
     ties_embeddings: bool = False
 
 
-_LLAMA = Family(re.compile(r"(model\.)?layers\.\d+\."), "embed_tokens.weight", ("norm.weight",))
+_LLAMA = Family(
+    re.compile(r"(model\.)?layers\.\d+\."),
+    "embed_tokens.weight",
+    ("norm.weight",),
+    {"self_attn.o_proj": "input_layernorm", "mlp.down_proj": "post_attention_layernorm"},
+)
 
 LM_HEAD = "lm_head.weight"
 
@@ -45,6 +53,7 @@ FAMILIES: dict[str, Family] = {
         re.compile(r"(transformer\.)?h\.\d+\."),
         "wte.weight",
         ("wpe.weight", "ln_f.weight", "ln_f.bias"),
+        {"attn.c_proj": "ln_1", "mlp.c_proj": "ln_2"},
         transposed=True,
         ties_embeddings=True,
     ),
@@ -52,6 +61,7 @@ FAMILIES: dict[str, Family] = {
         re.compile(r"(model\.)?(decoder\.)?layers\.\d+\."),
         "embed_tokens.weight",
         ("embed_positions.weight",),
+        {"self_attn.out_proj": "self_attn_layer_norm", "fc2": "final_layer_norm"},
         ties_embeddings=True,
     ),
 }

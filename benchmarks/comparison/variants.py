@@ -33,7 +33,7 @@ class Variant:
         return CONFIGS.get(self.method, TrainConfig).preset(preset, **(changes | self.settings), tokens=tokens)
 
 
-METHODS = [Variant(name, name) for name in ("magnitude", "wanda", "sparsegpt", "gmp", "srste", "ast", "cast")]
+METHODS = [Variant(name, name) for name in ("magnitude", "wanda", "sparsegpt", "admm", "gmp", "srste", "ast", "cast")]
 ABLATIONS = [
     Variant("cast-no-scaling", "cast", {"scaling_blocks": 0}),
     Variant("cast-no-distillation", "cast", {"eta": 0.0}),

@@ -8,6 +8,7 @@ training and are the warm start of it. Trained methods are classes over a config
 from typing import Any
 
 from cast_train.config import TrainConfig
+from cast_train.methods.admm import admm
 from cast_train.methods.ast import Ast
 from cast_train.methods.cast import Cast
 from cast_train.methods.finetune import Finetune
@@ -19,10 +20,12 @@ from cast_train.methods.trained import TrainedMethod
 from cast_train.methods.wanda import wanda
 from conversion.errors import InputError
 
-__all__ = ["CALIBRATED", "ONE_SHOT", "TRAINED", "TrainedMethod", "trained_method"]
+__all__ = ["CALIBRATED", "DRIFT_CORRECTED", "ONE_SHOT", "TRAINED", "TrainedMethod", "trained_method"]
 
-CALIBRATED = {"wanda": wanda, "sparsegpt": sparsegpt}
+CALIBRATED = {"wanda": wanda, "sparsegpt": sparsegpt, "admm": admm}
 """One-shot methods that see calibration text: (weight [N, K], gram [K, K], shrink) -> weight."""
+DRIFT_CORRECTED = {"admm"}
+"""Those of them that aim at the dense model's outputs on its own inputs; the others are as published."""
 ONE_SHOT = {"magnitude": magnitude, **CALIBRATED}
 
 TRAINED: dict[str, type[TrainedMethod[Any]]] = {

@@ -1,4 +1,4 @@
-"""`cast train --method magnitude|wanda|sparsegpt`: a dense model directory in, an exact 2:4 one out, no training."""
+"""`cast train --method` with a one-shot method: a dense model directory in, an exact 2:4 one out, no training."""
 
 from collections.abc import Sequence
 from pathlib import Path

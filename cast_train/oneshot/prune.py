@@ -4,10 +4,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from cast_train.methods import CALIBRATED, ONE_SHOT
+from cast_train.methods import CALIBRATED, DRIFT_CORRECTED, ONE_SHOT
 from cast_train.methods.magnitude import magnitude
 from cast_train.sparse_model import linear_weight, scope
 from conversion.block_walk import input_grams
+from conversion.drift import drifting_inputs
 from conversion.errors import InputError
 
 
@@ -18,7 +19,7 @@ def prune(model: PreTrainedModel, method: str, calibration: torch.Tensor | None 
     Args:
         model: a float32 causal language model.
         method: a key of `cast_train.methods.ONE_SHOT`.
-        calibration: int64 token ids [samples, length]; needed by wanda and sparsegpt.
+        calibration: int64 token ids [samples, length]; needed by all but magnitude.
         shrink: masked weights are multiplied by this; 0 cuts them and makes the model exactly 2:4.
 
     Raises:
@@ -41,7 +42,14 @@ def prune(model: PreTrainedModel, method: str, calibration: torch.Tensor | None 
     if calibration is None:
         raise InputError(f"{method} needs calibration text: give training data")
 
-    for grams in input_grams(model, linears, calibration, f"{method}: pruning blocks"):
+    description = f"{method}: pruning blocks"
+    if method in DRIFT_CORRECTED:
+        for inputs in drifting_inputs(model, linears, calibration, description):
+            for linear in inputs.linears:
+                target = inputs.corrected(linear_weight(linear))
+                _write(linear, CALIBRATED[method](target, inputs.gram, shrink))
+        return
+    for grams in input_grams(model, linears, calibration, description):
         for linear, gram in grams.items():
             _write(linear, CALIBRATED[method](linear_weight(linear), gram, shrink))
 
