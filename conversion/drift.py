@@ -19,6 +19,10 @@ from conversion.block_walk import BlockCall, Reached, forward, walk_blocks
 from conversion.families import family_of
 from conversion.hessian import damped
 
+DAMPING = 0.5
+"""Large, or the calibration text's own errors are learnt: ADMM on SmolLM2 with 24,576 tokens of it had perplexity 37.7,
+35.3 and 35.0 on other text with 0.01, 0.1 and 0.5."""
+
 
 @dataclass(frozen=True)
 class DriftingInputs:
@@ -40,7 +44,7 @@ class DriftingInputs:
         missing = weight @ self.drift
         if self.stream_drift is not None:
             missing += self.stream_drift
-        return weight + torch.cholesky_solve(missing.T, torch.linalg.cholesky(damped(self.gram))).T
+        return weight + torch.cholesky_solve(missing.T, torch.linalg.cholesky(damped(self.gram, DAMPING))).T
 
 
 @torch.no_grad()

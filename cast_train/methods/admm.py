@@ -9,14 +9,13 @@ import torch
 from torch import Tensor
 
 from cast_train.mask import nm_mask
-from conversion.hessian import damped
+from conversion.hessian import damped, fit_kept
 
 ITERATIONS = 30
 PENALTY = 0.1
 """Price of disagreeing at the start, beside a Hessian with ones on its diagonal."""
 PENALTY_GROWTH = 1.3
 GROWS_EVERY = 3
-FIT_STEPS = 20
 
 
 def admm(weight: Tensor, gram: Tensor, shrink: float) -> Tensor:
@@ -24,18 +23,18 @@ def admm(weight: Tensor, gram: Tensor, shrink: float) -> Tensor:
 
     `gram` is X^T X [K, K] of the layer's inputs. K must be a multiple of 4.
     """
+    weight = torch.where(gram.diagonal() > 0, weight, 0)
     hessian = damped(gram)
-    scale = hessian.diagonal().sqrt()
-    fires = gram.diagonal() > 0
-    target = torch.where(fires, weight, 0) * scale  # in these units magnitudes are Wanda's
-    hessian = hessian / scale / scale[:, None]
-    cut = _fitted(_search(target, hessian), target, hessian) / scale
+    cut = fit_kept(_search(weight, hessian), weight, hessian)
     # With masked entries held at a part of their size, the best kept ones lie as far on the way from cut to dense.
-    return cut.lerp(torch.where(fires, weight, 0), shrink)
+    return cut.lerp(weight, shrink)
 
 
-def _search(target: Tensor, hessian: Tensor) -> Tensor:
-    """Return a 2:4 weight [N, K] near `target`; its mask is what counts."""
+def _search(weight: Tensor, hessian: Tensor) -> Tensor:
+    """Return a 2:4 weight [N, K] that disturbs outputs little; its mask is what counts."""
+    scale = hessian.diagonal().sqrt()
+    hessian = hessian / scale / scale[:, None]
+    target = weight * scale  # in these units magnitudes are Wanda's
     sparse = _two_of_four(target)
     disagreement = torch.zeros_like(target)  # summed up and divided by the penalty: ADMM's scaled dual variable
     wanted = target @ hessian
@@ -51,25 +50,8 @@ def _search(target: Tensor, hessian: Tensor) -> Tensor:
         free = (wanted + penalty * (sparse - disagreement)) @ inverse
         sparse = _two_of_four(free + disagreement)
         disagreement += free - sparse
-    return sparse
+    return sparse / scale
 
 
 def _two_of_four(weight: Tensor) -> Tensor:
     return torch.where(nm_mask(weight), weight, 0)
-
-
-def _fitted(sparse: Tensor, target: Tensor, hessian: Tensor) -> Tensor:
-    """Return the weight with the zeros of `sparse` that disturbs outputs least: conjugate gradients, row by row."""
-    mask = sparse != 0
-    residual = ((target - sparse) @ hessian) * mask
-    direction = residual
-    size = residual.square().sum(1, keepdim=True)
-    smallest = torch.finfo(size.dtype).tiny
-    for _ in range(FIT_STEPS):
-        curved = (direction @ hessian) * mask
-        length = size / (direction * curved).sum(1, keepdim=True).clamp(min=smallest)
-        sparse = sparse + length * direction
-        residual = residual - length * curved
-        before, size = size, residual.square().sum(1, keepdim=True)
-        direction = residual + size / before.clamp(min=smallest) * direction
-    return sparse

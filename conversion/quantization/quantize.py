@@ -1,6 +1,6 @@
 """Quantizing one weight, and every linear of a model behind the blocks already quantized."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -8,7 +8,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from conversion.block_walk import input_grams
-from conversion.hessian import damped
+from conversion.drift import drifting_inputs
+from conversion.hessian import damped, fit_kept
 from conversion.quantization.descent import refine
 from conversion.quantization.formats import Quantization, encode
 from conversion.quantization.gptq import gptq
@@ -62,6 +63,9 @@ def quantize_model(
 ) -> Iterator[tuple[nn.Module, Tensor, Tensor]]:
     """Quantize `linears` in place, block by block; yield each with its codes [N, K] and scales [N, G].
 
+    On calibration text each makes up for its own rounding; with fewer than 8 bits also for what those before it did to
+    its inputs (as GPTAQ, arXiv:2504.02692), which takes twice as long and would find little to do at 8.
+
     Args:
         model: float32.
         linears: modules to quantize, `nn.Linear` or GPT-2's `Conv1D`.
@@ -69,22 +73,34 @@ def quantize_model(
         calibration: int64 token ids [samples, length]; None rounds to nearest.
         sparse: keep zero weights at zero (a 2:4 model); else every weight may move.
     """
+    description = f"{quantization.values.name}: quantizing blocks"
     if calibration is None:
         for linear in linears:
-            yield linear, *_quantize(linear, quantization, None, sparse)
-        return
-    for grams in input_grams(model, linears, calibration, f"{quantization.values.name}: quantizing blocks"):
-        for linear, gram in grams.items():
-            yield linear, *_quantize(linear, quantization, gram, sparse)
+            yield linear, *_quantize(linear, quantization, sparse)
+    elif quantization.values.bits < 8:
+        for inputs in drifting_inputs(model, linears, calibration, description):
+            for linear in inputs.linears:
+                yield linear, *_quantize(linear, quantization, sparse, inputs.gram, inputs.corrected)
+    else:
+        for grams in input_grams(model, linears, calibration, description):
+            for linear, gram in grams.items():
+                yield linear, *_quantize(linear, quantization, sparse, gram)
 
 
 def _quantize(
-    linear: nn.Module, quantization: Quantization, gram: Tensor | None, sparse: bool
+    linear: nn.Module,
+    quantization: Quantization,
+    sparse: bool,
+    gram: Tensor | None = None,
+    corrected: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     stored = linear.weight
     assert isinstance(stored, Tensor)
     weight = stored.T if isinstance(linear, Conv1D) else stored
     mask = weight != 0 if sparse else torch.ones_like(weight, dtype=torch.bool)
-    codes, scale = quantize_weight(weight, mask, quantization, gram)
+    wanted = weight if corrected is None else corrected(weight)
+    if sparse and corrected is not None and gram is not None:
+        wanted = fit_kept(weight, wanted, damped(gram))
+    codes, scale = quantize_weight(wanted, mask, quantization, gram)
     weight.copy_(codes * quantization.spread(scale, codes.shape[1]))
     return codes, scale

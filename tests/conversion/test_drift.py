@@ -15,8 +15,7 @@ from transformers import (
 )
 
 from cast_train.sparse_model import linear_weight, scope
-from conversion.drift import DriftingInputs, drifting_inputs
-from conversion.hessian import DAMPING
+from conversion.drift import DAMPING, DriftingInputs, drifting_inputs
 
 COMMON: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 LLAMA = LlamaConfig(**COMMON, intermediate_size=48, num_key_value_heads=2)
