@@ -7,12 +7,16 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
+import torch
+
+from benchmarks.gpu import quantized
 from benchmarks.gpu.graphs import method_in_graph
 from benchmarks.gpu.kernel_checks import DTYPE, Checks, same_again, warpgroup_kinds
 from benchmarks.gpu.timed import timed
 from cast_serve.kernels.cuda import warpgroup
 from cast_serve.kernels.cuda.linear import TYPES
 from cast_serve.kernels.cuda.measurement import Gpu, Layer
+from conversion.quantization.formats import FP8, INT8
 
 Record = dict[str, Any]
 
@@ -43,10 +47,29 @@ def race(machine: Gpu, shapes: list[tuple[int, int]], batches: list[int]) -> Ite
             yield record
 
 
+def race_in_8_bits(machine: Gpu, shapes: list[tuple[int, int]], batches: list[int]) -> Iterator[Record]:
+    """Seconds of products in 8 bits, beside cuBLAS on dense weights; only ours include that x is rounded."""
+    for N, K in shapes:
+        layer = Layer(N, K, machine)
+        for M in batches:
+            x = [torch.randn(M, K, device=machine.device).to(DTYPE) for _ in range(8)]
+            calls = {"dense": layer.cublas(M)}
+            for values in (INT8, FP8):
+                candidate = quantized.sparse(machine, N, K, values, None, x, "warpgroup_8_bit")
+                calls[f"2:4 {values.name}"] = list(candidate.calls)
+            if machine.device.type == "cuda":
+                calls["dense fp8"] = list(quantized.dense_fp8(machine, N, K, x).calls)
+            seconds, failures = timed(machine, calls.items())
+            record = {"M": M, "N": N, "K": K, "in_8_bits": True, "seconds": seconds, "failures": failures}
+            print(record, flush=True)
+            yield record
+
+
 def hopper(
     machine: Gpu, odd_shapes: list[tuple[int, int, int]], shapes: list[tuple[int, int]], batches: list[int]
 ) -> Iterator[Record]:
-    """What `checks` finds, then the race; nothing on other GPUs."""
+    """What `checks` finds, then the races; nothing on other GPUs."""
     if machine.is_hopper:
         yield checks(machine, odd_shapes)
         yield from race(machine, shapes, batches)
+        yield from race_in_8_bits(machine, shapes, batches)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cast_serve.kernels.cuda import cusparselt, dense_quantized, warpgroup
 from cast_serve.kernels.cuda.layout import from_fragments
-from cast_serve.kernels.cuda.measurement import Gpu
+from cast_serve.kernels.cuda.measurement import Gpu, methods_in_8_bits
 from cast_serve.kernels.cuda.plan import Plan
 from cast_serve.kernels.cuda.random_weights import QuantizedWeight, Weight, random_values
 from cast_serve.kernels.cuda.warpgroup import WarpgroupTile
@@ -62,15 +62,6 @@ def triton_error(machine: Gpu, M: int, N: int, K: int, dtype: torch.dtype) -> fl
     return relative_error(machine.triton(x, *from_fragments(*weight.packed, N, K), bias), x, weight.dense, bias)
 
 
-def small_m_8_bit_error(machine: Gpu, M: int, N: int, K: int, dtype: torch.dtype) -> float:
-    device = machine.device
-    weight, x = Weight(N, K, dtype, device), random_values(M, K, dtype, device)
-    x_scale, w_scale = torch.rand(M, device=device), torch.rand(N, device=device) / 1000
-    bias = torch.randn(N, device=device).to(torch.bfloat16)
-    y = machine.small_m(x, *weight.packed, N, bias, x_scale=x_scale, w_scale=w_scale, dtype=torch.bfloat16)
-    return relative_error(y, x, weight.dense, bias, x_scale.double()[:, None] * w_scale.double())
-
-
 def expand_error(machine: Gpu, M: int, N: int, K: int, dtype: torch.dtype) -> float:
     weight = Weight(N, K, dtype, machine.device)
     return (machine.expand(*weight.packed, N, K).float() - weight.dense).abs().nan_to_num(torch.inf).max().item()
@@ -91,6 +82,18 @@ def weight_only_error(
     bias = torch.randn(N, device=device).to(dtype)
     y = machine.weight_only(x, weight.packed, N, values.bits, group_size, bias, method=method)
     return relative_error(y, x, weight.dense, bias)
+
+
+def in_8_bits_error(
+    machine: Gpu, M: int, N: int, K: int, dtype: torch.dtype, values: ValueFormat, method: Method
+) -> float:
+    """Of a product of x as `quantize_rows` rounds it."""
+    device = machine.device
+    weight, x = QuantizedWeight(N, K, values, None, device), random_values(M, K, dtype, device)
+    bias = torch.randn(N, device=device).to(dtype)
+    y = machine.weight_only(x, weight.packed, N, values.bits, None, bias, method=method)
+    rounded, scale = machine.quantize_rows(x, values.dtype)
+    return relative_error(y, rounded, weight.dense, bias, scale.double()[:, None])
 
 
 def dense_quantized_error(
@@ -131,7 +134,7 @@ def cusparselt_8_bit_error(machine: Gpu, M: int, N: int, K: int, dtype: torch.dt
     weight, x = Weight(N, K, dtype, device), random_values(M, K, dtype, device)
     x_scale, w_scale = torch.rand(M, device=device), torch.rand(N, device=device) / 1000
     bias = torch.randn(N, device=device)
-    compressed = cusparselt.compress_codes(*from_fragments(*weight.packed, N, K))
+    compressed = cusparselt.compress_codes(weight.values, weight.bitmask)
     y = cusparselt.linear_8_bit(x, x_scale, compressed, w_scale, bias)
     return relative_error(y, x, weight.dense, bias, x_scale.double()[:, None] * w_scale.double())
 
@@ -139,9 +142,7 @@ def cusparselt_8_bit_error(machine: Gpu, M: int, N: int, K: int, dtype: torch.dt
 def tile_map(machine: Gpu, dtype: torch.dtype) -> dict[str, Any]:
     """The weight of one step as the kernel sees it (x is the identity); if that is wrong, an x where it is."""
     weight, x = Weight(16, 64, dtype, machine.device), torch.eye(64).to(machine.device, dtype)
-    scales = {"x_scale": torch.ones(64).to(machine.device), "w_scale": torch.ones(16).to(machine.device)}
-    options = scales | {"dtype": torch.bfloat16} if dtype.itemsize == 1 else {}
-    seen = machine.small_m(x, *weight.packed, 16, **options).float().T  # type: ignore[arg-type]
+    seen = machine.small_m(x, *weight.packed, 16).float().T
     right = seen == weight.dense
     if right.all():
         return {"right": True}
@@ -155,12 +156,6 @@ def same_again(machine: Gpu, multiply: Callable[..., Tensor], M: int) -> bool:
     weight, x = Weight(264, 4096, DTYPE, device), torch.randn(M, 4096).to(device, DTYPE)
     first = multiply(x, *weight.packed, 264)
     return all(torch.equal(multiply(x, *weight.packed, 264), first) for _ in range(50))
-
-
-def tile_dtypes(machine: Gpu) -> list[torch.dtype]:
-    """Dtypes of weights that the machine has kernels for."""
-    has_fp8 = machine.capability >= (8, 9)
-    return [torch.bfloat16, torch.float16, torch.int8, *([torch.float8_e4m3fn] if has_fp8 else [])]
 
 
 Kind = tuple[str, Callable[..., float], list[torch.dtype], float | None]
@@ -211,12 +206,11 @@ class Checks:
 
 def kinds_of(machine: Gpu) -> list[Kind]:
     """All kernels and libraries but the kernel for Hopper."""
-    eight_bits = tile_dtypes(machine)[2:]
+    eight_bits = [torch.int8, *([torch.float8_e4m3fn] if machine.capability >= (8, 9) else [])]
     kinds: list[Kind] = [
         ("small_m", small_m_error, WIDE, None),
         ("tiled", tiled_error, WIDE, None),
         ("expand", expand_error, WIDE, 0.0),
-        ("small_m", small_m_8_bit_error, eight_bits, None),
         ("weight only int8", partial(weight_only_error, values=INT8, group_size=None), WIDE, None),
         ("weight only fp8", partial(weight_only_error, values=FP8, group_size=None), WIDE, None),
         ("weight only int4 g64", partial(weight_only_error, values=INT4, group_size=64), WIDE, None),
@@ -228,6 +222,10 @@ def kinds_of(machine: Gpu) -> list[Kind]:
         ("expanded int4 g64", partial(weight_only_error, values=INT4, group_size=64, method="expanded"), WIDE, TWICE),
         ("rows rounded", rounding_error, eight_bits, 1 / 16),
     ]
+    for values in (INT8, FP8):
+        if "tiled_8_bit" in methods_in_8_bits(machine, Quantization(values, None)):
+            measure = partial(in_8_bits_error, values=values, method="tiled_8_bit")
+            kinds.append((f"tiled in 8 bits, {values.name}", measure, WIDE, None))
     if machine.has_triton:
         kinds += [
             ("triton", triton_error, WIDE, None),
@@ -244,11 +242,16 @@ def warpgroup_kinds() -> list[Kind]:
     """The kernel for Hopper with each of its tiles, and with quantized weights."""
     by_tile = {tile.entry.name: partial(warpgroup_error, tile=tile) for tile in warpgroup.TILES}
     quantized = partial(weight_only_error, method="warpgroup")
+    in_8_bits = partial(in_8_bits_error, method="warpgroup_8_bit")
     return [
         *[(name, measure, WIDE, None) for name, measure in by_tile.items()],
         ("warpgroup int8", partial(quantized, values=INT8, group_size=None), WIDE, None),
         ("warpgroup fp8", partial(quantized, values=FP8, group_size=None), WIDE, None),
         ("warpgroup int4 g64", partial(quantized, values=INT4, group_size=64), WIDE, TWICE),
+        *[
+            (f"warpgroup in 8 bits, {values.name}", partial(in_8_bits, values=values), WIDE, None)
+            for values in (INT8, FP8)
+        ],
     ]
 
 
@@ -256,7 +259,7 @@ def correctness(machine: Gpu, shapes: list[tuple[int, int, int]]) -> dict[str, A
     """Every error with its limit, the tiles as the kernel sees them, and whether all is well."""
     machine.compile()
     checks = Checks()
-    for dtype in tile_dtypes(machine):
+    for dtype in WIDE:
         checks.attempt(f"tile {dtype}", partial(tile_map, machine, dtype), lambda found: found["right"])
     checks.compare(machine, kinds_of(machine), shapes)
     for name, multiply, M in (("small_m", machine.small_m, 5), ("tiled", machine.tiled, 100)):

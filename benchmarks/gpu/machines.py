@@ -12,7 +12,7 @@ from cast_serve.kernels.cuda.layout import from_fragments
 from cast_serve.kernels.cuda.linear import Launch
 from cast_serve.kernels.cuda.measurement import Gpu
 from cast_serve.kernels.cuda.plan import Kernel
-from cast_serve.kernels.cuda.weight_only import parts
+from cast_serve.kernels.cuda.weight_only import IN_8_BITS, Method, parts
 from conversion.packed import unpack24
 
 
@@ -34,16 +34,10 @@ class Rehearsal(Gpu):
         metadata: Tensor,
         out_features: int,
         bias: Tensor | None = None,
-        *,
-        x_scale: Tensor | None = None,
-        w_scale: Tensor | None = None,
-        dtype: torch.dtype | None = None,
         **_: Any,
     ) -> Tensor:
         y = x.float() @ Rehearsal.expand(fragments, metadata, out_features, x.shape[1]).float().T
-        if x_scale is not None and w_scale is not None:
-            y = y * x_scale[:, None] * w_scale
-        return (y if bias is None else y + bias.float()).to(dtype or x.dtype)
+        return (y if bias is None else y + bias.float()).to(x.dtype)
 
     @staticmethod
     def tiled(x: Tensor, *weight: Any, **options: Any) -> Tensor:
@@ -80,10 +74,15 @@ class Rehearsal(Gpu):
         bits: int,
         group_size: int | None,
         bias: Tensor | None = None,
+        *,
+        method: Method = "small_m",
         **_: Any,
     ) -> Tensor:
-        dense = Rehearsal.unpacked_weight_only(packed, out_features, x.shape[1], bits, group_size)
-        y = x.float() @ dense.T
+        dense, wide = Rehearsal.unpacked_weight_only(packed, out_features, x.shape[1], bits, group_size), x.float()
+        if method in IN_8_BITS:
+            rounded, scale = Rehearsal.quantize_rows(x, packed.dtype if packed.is_floating_point() else torch.int8)
+            wide = rounded.float() * scale[:, None]
+        y = wide @ dense.T
         return (y if bias is None else y + bias.float()).to(x.dtype)
 
     @staticmethod

@@ -9,22 +9,30 @@ import torch
 from torch import Tensor
 
 from cast_serve.kernels.cuda import cusparselt
-from cast_serve.kernels.cuda.layout import from_fragments
-from cast_serve.kernels.cuda.measurement import Call, Candidate, Gpu, fastest
+from cast_serve.kernels.cuda.measurement import Call, Candidate, Gpu, fastest, methods_in_8_bits
 from cast_serve.kernels.cuda.random_weights import QuantizedWeight, Weight
 from cast_serve.kernels.cuda.small_m import MAX_ROWS
-from conversion.quantization.formats import FP8, INT4, INT8, ValueFormat
+from cast_serve.kernels.cuda.weight_only import Method
+from conversion.quantization.formats import FP8, INT4, INT8, Quantization, ValueFormat
 
 GROUP = 128
 """Columns that share a scale of 4-bit weights."""
 
 
-def sparse(machine: Gpu, N: int, K: int, values: ValueFormat, group_size: int | None, x: list[Tensor]) -> Candidate:
-    """Our quantized 2:4 weight, x in 16 bits."""
+def sparse(
+    machine: Gpu,
+    N: int,
+    K: int,
+    values: ValueFormat,
+    group_size: int | None,
+    x: list[Tensor],
+    method: Method | None = None,
+) -> Candidate:
+    """Our quantized 2:4 weight by `method`, which may include that x is rounded, or as x in 16 bits has it."""
     first = QuantizedWeight(N, K, values, group_size, machine.device).packed
     inputs = cycle(x)
     weights = [first.clone() for _ in range(machine.copies(first.nbytes))]
-    multiply = partial(machine.weight_only, method="small_m" if len(x[0]) <= MAX_ROWS else "tiled")
+    multiply = partial(machine.weight_only, method=method or ("small_m" if len(x[0]) <= MAX_ROWS else "tiled"))
     calls: list[Call] = [partial(multiply, next(inputs), weight, N, values.bits, group_size) for weight in weights]
     return Candidate(calls, first.nbytes)
 
@@ -32,7 +40,8 @@ def sparse(machine: Gpu, N: int, K: int, values: ValueFormat, group_size: int | 
 def sparse_8_bit(machine: Gpu, N: int, K: int, dtype: torch.dtype, x: list[Tensor]) -> Candidate:
     """cuSPARSELt in 8 bits, x rounded beforehand."""
     device = machine.device
-    first = cusparselt.compress_codes(*from_fragments(*Weight(N, K, dtype, device).packed, N, K))
+    random = Weight(N, K, dtype, device)
+    first = cusparselt.compress_codes(random.values, random.bitmask)
     inputs = cycle([each.to(dtype) for each in x])
     scales = torch.ones(len(x[0]), device=device), torch.ones(N, device=device)
     weights = [first.clone() for _ in range(machine.copies(first.nbytes))]
@@ -80,6 +89,10 @@ def race(machine: Gpu, shapes: list[tuple[int, int]], batches: list[int], bandwi
             if M > MAX_ROWS:
                 makers["2:4 int8 (cuSPARSELt)"] = partial(sparse_8_bit, machine, N, K, torch.int8, x)
                 makers["2:4 fp8 (cuSPARSELt)"] = partial(sparse_8_bit, machine, N, K, torch.float8_e4m3fn, x)
+                for values in (INT8, FP8):
+                    if "tiled_8_bit" in methods_in_8_bits(machine, Quantization(values, None)):
+                        name = f"2:4 {values.name} in 8 bits"
+                        makers[name] = partial(sparse, machine, N, K, values, None, x, "tiled_8_bit")
             found: dict[str, Any] = {}
             for name, make in makers.items():
                 try:

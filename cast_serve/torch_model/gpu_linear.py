@@ -71,7 +71,7 @@ class GpuQuantizedLinear(QuantizedLinear):
 
         Args:
             values, bitmask, scale, group_size: as `prepack_quantized` takes them.
-            float_activations: never round x, so that cuSPARSELt is not used.
+            float_activations: never round x, so that neither cuSPARSELt nor a kernel that does so is used.
         """
         super().pack(values, bitmask, scale, group_size, float_activations=float_activations)
         compressed = None
@@ -88,7 +88,14 @@ class GpuQuantizedLinear(QuantizedLinear):
 
     def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
         y: Tensor = torch.ops.cast24.linear_quantized_cuda(
-            x, self.panels, self.compressed, self.out_features, self.bits, self.group_size, bias
+            x,
+            self.panels,
+            self.compressed,
+            self.out_features,
+            self.bits,
+            self.group_size,
+            self.float_activations,
+            bias,
         )
         return y
 

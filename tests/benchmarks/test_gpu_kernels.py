@@ -35,8 +35,16 @@ def test_a_rehearsal_writes_every_part(tmp_path: Path) -> None:
     tiles = {tile.entry.name for tile in warpgroup.TILES}
     assert {"same bits again", "warpgroup int4 g64 float16 1x16x64"} < set(checks["checks"])
     assert {f"{tile} bfloat16 1x16x64" for tile in tiles} < set(checks["checks"])
-    assert all(record["taken"] in tiles for record in raced)
-    assert all(set(record["seconds"]) == {"dense", "tiled", *tiles} for record in raced)
+    in_8_bits = [record for record in raced if "in_8_bits" in record]
+    in_16_bits = [record for record in raced if "in_8_bits" not in record]
+    assert all(record["taken"] in tiles for record in in_16_bits)
+    assert all(set(record["seconds"]) == {"dense", "tiled", *tiles} for record in in_16_bits)
+    assert [record["M"] for record in in_8_bits] == [record["M"] for record in in_16_bits]
+    assert all(set(record["seconds"]) == {"dense", "2:4 int8", "2:4 float8_e4m3fn"} for record in in_8_bits)
+    assert {"warpgroup in 8 bits, float8_e4m3fn bfloat16 1x16x64"} < set(checks["checks"])
+    assert "tiled in 8 bits, int8 float16 8x136x1032" in parts["correctness"]["checks"]
+    in_prefill = parts["prefill-quantized"]["records"][0]["candidates"]
+    assert "seconds" in in_prefill["2:4 int8 in 8 bits"]
     assert all(cut["best"] for cut in parts["cuts"]["records"])
 
 

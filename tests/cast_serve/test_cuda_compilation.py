@@ -17,8 +17,9 @@ from cast_serve.kernels.cuda.source import linear_kernels, source
 pytest.importorskip("cuda.bindings.nvrtc", reason="needs the extra 'gpu'")
 
 ARCHITECTURES = ["sm_80", "sm_89", "sm_90a", "sm_100", "sm_120"]
-# mma.sp of 8-bit floats is one instruction on these; elsewhere the compiler makes it of conversions to 16 bits
-FP8 = ["sm_89", "sm_120"]
+# mma.sp of 8-bit floats is one instruction on the first two, elsewhere the compiler makes it of conversions to 16 bits;
+# the third has wgmma.sp
+FP8 = ["sm_89", "sm_120", "sm_90a"]
 CASES = [("Bf16", architecture) for architecture in ARCHITECTURES]
 CASES += [("E4m3", architecture) for architecture in FP8]
 CASES += [

@@ -161,6 +161,34 @@ def test_the_quantized_operator(
         torch_ops.linear_quantized(x, packed, 60, bits, True, group_size or 0)
 
 
+@pytest.mark.parametrize("method", ["tiled_8_bit", "warpgroup_8_bit"])
+def test_x_is_rounded_where_that_was_measured_to_be_fastest(
+    emulation: Emulation, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    known = (40, 200, "int8")
+    measured = points(64, 256, small_m=[1.0, 2.0], tiled=[3.0, 1.5], **{method: [2.0, 1.0]})
+    table = Table({known: measured}, crossover.DEVICES["H100"])
+    gpu = Gpu(emulation, table, monkeypatch)
+    layer, x, bias = random_layer(40, 200, torch.float32), torch.randn(2, 50, 200).bfloat16(), torch.randn(40)
+    codes, scale = (layer.values * 2).round().clamp(-127, 127), torch.rand(40, 1)
+    stored = encode(codes, INT8)
+    dense = dequantize(stored, layer.bitmask, scale, Quantization(INT8, None))
+    packed = weight_only.pack(stored, layer.bitmask, scale, None)
+    expected = x.double() @ dense.double().T + bias.double()
+    for compressed, float_activations in ((None, False), (None, True), (dense, True)):
+        y = torch_ops.linear_quantized_cuda(x, packed, compressed, 40, 8, 0, float_activations, bias)
+        torch.testing.assert_close(y.double(), expected, rtol=2e-2, atol=0.1 if float_activations else 0.8)
+    assert gpu.launched[0] == "quantize_rows"
+    assert gpu.launched[1].startswith(method.removesuffix("_8_bit"))
+    assert [name.split("_")[0] for name in gpu.launched[2:]] == ["tiled", "tiled"]
+    few = torch_ops.linear_quantized(x[:, :3], packed, 40, 8, True, 0)
+    assert gpu.launched[-1].startswith("small_m")
+    torch.testing.assert_close(few.double(), expected[:, :3] - bias.double(), rtol=2e-2, atol=0.1)
+    assert table.rounds(known)
+    assert not table.rounds((40, 200, "float8_e4m3fn"))
+    assert not Table({known: points(64, small_m=[1.0], **{method: [2.0]})}, crossover.DEVICES["H100"]).rounds(known)
+
+
 def test_cusparselt_gets_whole_rows_of_eight(emulation: Emulation, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 

@@ -63,4 +63,5 @@ class QuantizeArguments(ctypes.Structure):
         ("x_stride", ctypes.c_longlong),
         ("quantized_stride", ctypes.c_longlong),
         ("K", ctypes.c_int),
+        ("for_products", ctypes.c_int),
     ]

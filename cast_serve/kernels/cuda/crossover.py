@@ -17,15 +17,17 @@ import torch
 from cast_serve.kernels.cuda import tiled
 from cast_serve.kernels.cuda.cusparselt import DEFAULT, Algorithm
 from cast_serve.kernels.cuda.plan import Types
+from cast_serve.kernels.cuda.weight_only import IN_8_BITS
 from conversion.atomic import write_text
 from conversion.quantization.formats import FORMATS
 
-Method = Literal["small_m", "tiled", "warpgroup", "expanded", "cusparselt"]
+Method = Literal["small_m", "tiled", "warpgroup", "expanded", "cusparselt", "tiled_8_bit", "warpgroup_8_bit"]
 """The kernels for few and for many rows, and that for many on Hopper, on the packed weight; cuBLAS on the weight, made
-dense for the call; cuSPARSELt on its own copy."""
+dense for the call; cuSPARSELt on its own copy; the kernels for many rows again, x rounded to 8 bits."""
 METHODS: tuple[Method, ...] = get_args(Method)
 _MODELLED: tuple[Method, ...] = ("small_m", "tiled", "expanded", "cusparselt")
-"""Chosen where nothing was measured. Not the kernel for Hopper: no GPU has confirmed its model yet."""
+"""Chosen where nothing was measured. Not the kernel for Hopper: no GPU has confirmed its model yet; and nobody's x is
+rounded on a model's word."""
 DENSE = "dense"
 """In tables also: cuBLAS on a dense weight, to compare with."""
 
@@ -122,21 +124,28 @@ class Table:
     def __init__(self, points: dict[Layer, list[Point]], device: Device) -> None:
         self.points = {layer: sorted(found, key=lambda point: point.rows) for layer, found in points.items()}
         self.device = device
-        self._choices: dict[tuple[int, Layer, bool], Choice] = {}
+        self._choices: dict[tuple[int, Layer, bool, bool], Choice] = {}
 
-    def choose(self, M: int, layer: Layer, with_cusparselt: bool) -> Choice:
+    def choose(self, M: int, layer: Layer, with_cusparselt: bool, with_rounding: bool = False) -> Choice:
         """The fastest at M rows, by the measurement at the next larger number of rows.
 
         Args:
             with_cusparselt: whether its copy of the weight is there.
+            with_rounding: whether the kernels may round x to 8 bits.
         """
-        key = (max(M, 1), layer, with_cusparselt)
+        key = (max(M, 1), layer, with_cusparselt, with_rounding)
         if key not in self._choices:
             self._choices[key] = self._choose(*key)
         return self._choices[key]
 
-    def _choose(self, M: int, layer: Layer, with_cusparselt: bool) -> Choice:
-        allowed = METHODS if with_cusparselt else tuple(method for method in METHODS if method != "cusparselt")
+    def rounds(self, layer: Layer) -> bool:
+        """Whether it chooses a kernel that rounds x at some number of rows."""
+        chosen = [self.choose(point.rows, layer, False, with_rounding=True) for point in self.points.get(layer, [])]
+        return any(choice.method in IN_8_BITS for choice in chosen)
+
+    def _choose(self, M: int, layer: Layer, with_cusparselt: bool, with_rounding: bool) -> Choice:
+        refused = {*(() if with_cusparselt else ("cusparselt",)), *(() if with_rounding else IN_8_BITS)}
+        allowed = [method for method in METHODS if method not in refused]
         measured = self.points.get(layer)
         if measured is None:
             modelled = [method for method in _MODELLED if method in allowed]

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from cast_serve.kernels.cuda.crossover import DENSE, METHODS, Layer, Point
 
-_LETTERS = {"small_m": "s", "tiled": "t", "warpgroup": "w", "expanded": "e", "cusparselt": "c"}
+_LETTERS = dict(zip(METHODS, "stwecTW", strict=True))
 
 
 def draw(points: dict[Layer, list[Point]], path: Path, title: str) -> None:

@@ -32,7 +32,7 @@ TYPES = {
     (torch.float8_e4m3fn, torch.bfloat16): Types("E4m3", "Bf16"),
     (torch.float8_e4m3fn, torch.float16): Types("E4m3", "Fp16"),
 }
-"""By dtypes of weight and y."""
+"""By dtypes of products' operands, x and the weight, and of y."""
 DTYPES = {"Bf16": torch.bfloat16, "Fp16": torch.float16}
 
 Launch = Callable[[Types, Entry, tuple[int, int, int], ctypes.Structure, bool], None]
@@ -69,13 +69,14 @@ def packed_linear(
     """Multiply by a weight in the layout of `layout.to_fragments`.
 
     Args:
-        x: [M, K] of the weight's dtype, any strides, K a multiple of 8.
-        fragments, metadata: of a weight [out_features, K], bfloat16, float16, int8 or float8_e4m3fn.
+        x: [M, K] bfloat16 or float16, any strides, K a multiple of 8; or int8 or float8_e4m3fn as `quantize_rows` has
+            it for products.
+        fragments, metadata: of a weight [out_features, K] of x's dtype, or of what `types` says.
         bias: [out_features] of y's dtype.
-        x_scale: [M], w_scale: [out_features], float32: y is multiplied by both. 8-bit types only, which need them.
+        x_scale: [M] float32, of x in 8 bits.
+        w_scale: [row tiles, groups, 16] float32, of a quantized weight, of `group_steps` steps each.
         dtype: of y, bfloat16 or float16; default x's.
-        types: of the kernel, where dtypes do not say it: weights of "W8", "F8" or "W4", see `weight_only`, whose
-            w_scale is [row tiles, groups, 16], of `group_steps` steps each.
+        types: of the kernel, for a quantized weight, see `weight_only`.
         cut: the kernel, and the call cut into blocks: `small_m.plan`, which is the default and reads the weight once
             for each 64 rows of x, `tiled.plan`, or `warpgroup.plan` on Hopper.
         overlap: begin to read the weight while the stream's previous kernel still runs (sm_90 and newer), which must
@@ -107,7 +108,8 @@ def packed_linear(
     )
     types, launch = types or TYPES[fragments.dtype, y.dtype], launch or launch_on_gpu
     if isinstance(cut.kernel, WarpgroupTile):
-        boxes = TensorMap(x.data_ptr(), K, M, x.stride(0) * x.itemsize, STEP, cut.kernel.box_rows)
+        sizes = K, M, x.stride(0) * x.itemsize, 128 // x.itemsize, cut.kernel.box_rows
+        boxes = TensorMap(x.data_ptr(), x.itemsize, *sizes)
         launch(types, cut.kernel.entry, cut.grid, WarpgroupArguments(boxes, arguments), overlap)
     else:
         launch(types, cut.kernel.entry, cut.grid, arguments, overlap)
@@ -172,43 +174,26 @@ def expand(
     return dense
 
 
-def quantize_rows(x: Tensor, dtype: torch.dtype, *, launch: Launch | None = None) -> tuple[Tensor, Tensor]:
-    """Round x [M, K], bfloat16 or float16, to int8 or float8_e4m3fn: (values [M, K], scale [M] float32 of each row)."""
+def quantize_rows(
+    x: Tensor, dtype: torch.dtype, *, for_products: bool = False, launch: Launch | None = None
+) -> tuple[Tensor, Tensor]:
+    """Round x [M, K], bfloat16 or float16, to int8 or float8_e4m3fn: (values [M, K], scale [M] float32 of each row).
+
+    for_products: values [M, K up to a multiple of 64], as `packed_linear` takes them, groups of four columns in another
+        order (`in_8_bits` of csrc/weights.cuh): so a weight in the order for products in 16 bits serves those in 8.
+    """
     M, K = x.shape
-    # rows start at multiples of 16 bytes, as packed_linear reads them
-    quantized = torch.empty(M, -(-K // 16) * 16, dtype=dtype, device=x.device)[:, :K]
+    unit = STEP if for_products else 16  # rows start at multiples of 16 bytes
+    quantized = torch.empty(M, -(-K // unit) * unit, dtype=dtype, device=x.device)
+    quantized = quantized if for_products else quantized[:, :K]
     scale = torch.empty(M, dtype=torch.float32, device=x.device)
     if M > 0:
         x = in_rows_of_16_bytes(x)
         pointers = (x.data_ptr(), quantized.data_ptr(), scale.data_ptr())
-        arguments = QuantizeArguments(*pointers, x.stride(0), quantized.stride(0), K)
+        arguments = QuantizeArguments(*pointers, x.stride(0), quantized.stride(0), K, for_products)
         entry = Entry("quantize_rows", 256)
         (launch or launch_on_gpu)(TYPES[dtype, x.dtype], entry, (M, 1, 1), arguments, False)
     return quantized, scale
-
-
-def quantized_linear(
-    x: Tensor,
-    fragments: Tensor,
-    metadata: Tensor,
-    scale: Tensor,
-    out_features: int,
-    bias: Tensor | None = None,
-    *,
-    launch: Launch | None = None,
-) -> Tensor:
-    """Multiply by an int8 or float8_e4m3fn weight in fragments, x [M, K] rounded to the same type row by row.
-
-    Args:
-        x: bfloat16 or float16, any strides. scale: [out_features] float32, of the weight's rows.
-        bias: [out_features] of x's dtype.
-
-    Returns:
-        [M, out_features] of x's dtype.
-    """
-    rounded, x_scale = quantize_rows(x, fragments.dtype, launch=launch)
-    weight = (fragments, metadata, out_features, bias)
-    return packed_linear(rounded, *weight, x_scale=x_scale, w_scale=scale, dtype=x.dtype, launch=launch)
 
 
 def prepack(values: Tensor, bitmask: Tensor) -> tuple[Tensor, Tensor]:

@@ -30,8 +30,8 @@ from cast_serve.kernels.cuda.plan import Kernel, Plan
 from cast_serve.kernels.cuda.random_weights import QuantizedWeight, Weight
 from cast_serve.kernels.cuda.source import source
 from cast_serve.kernels.cuda.timing import copies, copy_bandwidth, seconds_per_call
-from cast_serve.kernels.cuda.weight_only import WEIGHT_ONLY, Method, weight_only_linear
-from conversion.quantization.formats import Quantization
+from cast_serve.kernels.cuda.weight_only import IN_8_BITS, WEIGHT_ONLY, Method, weight_only_linear
+from conversion.quantization.formats import INT8, Quantization
 
 Call = Callable[[], Tensor]
 
@@ -198,14 +198,16 @@ class QuantizedLayer:
             return [partial(multiply, each, weight, *rest) for each, weight in zip(cycle(x), weights, strict=False)]
 
         def packed(method: Method) -> Candidate:
-            multiply = partial(machine.weight_only, method=method)
-            return Candidate(calls(multiply, self.packed, self.N, bits, group_size), self.packed[0].nbytes)
+            multiplied = calls(partial(machine.weight_only, method=method), self.packed, self.N, bits, group_size)
+            return Candidate(multiplied, self.packed[0].nbytes, rounds_x=method in IN_8_BITS)
 
         found = {"dense": Candidate(calls(linear, self.dense), self.dense[0].nbytes), "small_m": packed("small_m")}
         if M > 32:
             found |= {"tiled": packed("tiled"), "expanded": packed("expanded")}
         if M > 32 and machine.is_hopper:
             found["warpgroup"] = packed("warpgroup")
+        if M > 32:
+            found |= {method: packed(method) for method in methods_in_8_bits(machine, self.quantization)}
         if self.compressed:
             algorithm = fastest(x[0].to(self.quantization.values.dtype), self.compressed[0])
             multiply = partial(cusparselt.linear_rounding, w_scale=self.scale, bias=None, algorithm=algorithm)
@@ -213,6 +215,16 @@ class QuantizedLayer:
                 calls(multiply, self.compressed), self.compressed[0].nbytes, algorithm, rounds_x=True
             )
         return found
+
+
+def methods_in_8_bits(machine: Gpu, quantization: Quantization) -> list[Method]:
+    """The kernels that multiply such a weight by x rounded to its type."""
+    if quantization.values.bits != 8 or quantization.group_size is not None:
+        return []
+    found: list[Method] = ["warpgroup_8_bit"] if machine.is_hopper else []
+    if quantization.values is INT8 or (machine.capability >= (8, 9) and not machine.is_hopper):
+        found.append("tiled_8_bit")
+    return found
 
 
 def _copies(machine: Gpu, compress: Callable[..., Tensor], *weight: Tensor) -> list[Tensor]:

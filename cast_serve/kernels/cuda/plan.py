@@ -33,6 +33,11 @@ class Types:
         """Whether products are of 8-bit values, rows of x rounded to the weight's type."""
         return self.weight in ("S8", "E4m3")
 
+    @property
+    def x_bytes(self) -> int:
+        """Of a value of x in products."""
+        return 1 if self.in_8_bits else 2
+
     def macro(self, name: str, entry: Entry, arguments: Iterable[int]) -> str:
         """The macro `name` that makes a kernel for these types with such template arguments."""
         return f"{name}({entry.name}, {self.weight}, {self.output}, {', '.join(map(str, arguments))})"

@@ -6,20 +6,30 @@ import torch
 from torch import Tensor
 
 from cast_serve.kernels.cuda import weight_only
-from cast_serve.kernels.cuda.layout import from_fragments, to_fragments
+from cast_serve.kernels.cuda.layout import to_fragments
 from conversion.quantization.formats import INT4, ValueFormat, encode
 
 
 class Weight:
-    """A random 2:4 weight [N, K], made on the device: in fragments, and dense as float32."""
+    """A random 2:4 weight [N, K], made on the device.
+
+    Attributes:
+        values, bitmask: of the portable format.
+        dense: float32.
+    """
 
     def __init__(self, N: int, K: int, dtype: torch.dtype, device: torch.device) -> None:
-        values = random_values(N, K // 2, dtype, device)
+        self.values = random_values(N, K // 2, dtype, device)
         kept = torch.rand(N, K // 4, 4, device=device).topk(2).indices.sort(-1).values
-        dense = torch.zeros(N, K // 4, 4, device=device).scatter_(-1, kept, values.float().view(N, K // 4, 2))
+        dense = torch.zeros(N, K // 4, 4, device=device).scatter_(-1, kept, self.values.float().view(N, K // 4, 2))
         nibbles = (1 << kept).sum(-1).view(N, K // 8, 2)
         self.dense = dense.view(N, K)
-        self.packed = to_fragments(values, (nibbles[..., 0] | nibbles[..., 1] << 4).to(torch.uint8))
+        self.bitmask = (nibbles[..., 0] | nibbles[..., 1] << 4).to(torch.uint8)
+
+    @cached_property
+    def packed(self) -> tuple[Tensor, Tensor]:
+        """In fragments, of 16-bit values."""
+        return to_fragments(self.values, self.bitmask)
 
 
 def random_values(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -38,7 +48,7 @@ class QuantizedWeight:
 
     def __init__(self, N: int, K: int, values: ValueFormat, group_size: int | None, device: torch.device) -> None:
         weight = Weight(N, K, torch.int8 if values is INT4 else values.dtype, device)
-        self.stored, self.bitmask = from_fragments(*weight.packed, N, K)
+        self.stored, self.bitmask = weight.values, weight.bitmask
         self.scale = torch.rand(N, 1 if group_size is None else -(-K // group_size), device=device) + 0.1
         dense = weight.dense
         if values is INT4:

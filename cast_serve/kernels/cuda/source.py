@@ -4,10 +4,10 @@ from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
-from cast_serve.kernels.cuda import warpgroup
 from cast_serve.kernels.cuda.plan import Kernel, Types
 from cast_serve.kernels.cuda.small_m import VARIANTS
 from cast_serve.kernels.cuda.tiled import tiles
+from cast_serve.kernels.cuda.warpgroup import TILES as WARPGROUP_TILES
 
 CSRC = Path(__file__).parent / "csrc"
 SOURCES = ("tensor_core.cuh", "weights.cuh", "small_m.cuh", "tiled.cuh", "expand.cuh", "quantize.cuh")
@@ -15,8 +15,13 @@ HOPPER_SOURCES = (*SOURCES, "hopper.cuh", "warpgroup.cuh")
 
 
 def linear_kernels(types: Types, hopper: bool = False) -> tuple[Kernel, ...]:
-    """The kernels that multiply by a weight; `hopper`: those too that only sm_90a has."""
-    return (*VARIANTS, *tiles(types), *(warpgroup.tiles(types) if hopper else ()))
+    """The kernels that multiply by a weight; `hopper`: those of sm_90a.
+
+    Products in 8 bits are for many rows of x, since few wait for the weight. Hopper has no mma.sp of 8-bit floats.
+    """
+    few = () if types.in_8_bits else VARIANTS
+    many = () if hopper and types.weight == "E4m3" else tiles(types)
+    return (*few, *many, *(WARPGROUP_TILES if hopper else ()))
 
 
 def macros(types: Types, linear: Iterable[Kernel]) -> list[str]:

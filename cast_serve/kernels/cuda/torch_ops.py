@@ -1,12 +1,14 @@
 """torch.ops.cast24 on CUDA tensors: current stream, nothing waits for the GPU, so that calls can be captured in graphs.
 
     y = torch.ops.cast24.linear_cuda(x, fragments, metadata, compressed, out_features, bias=None)
-    y = torch.ops.cast24.linear_quantized_cuda(x, panels, compressed, out_features, bits, group_size, bias=None)
+    y = torch.ops.cast24.linear_quantized_cuda(
+        x, panels, compressed, out_features, bits, group_size, float_activations=False, bias=None)
 
 `linear`, `linear_packed`, `linear_quantized` and `quantized_rows` have the schemas that they have on the CPU, and take
 what `prepack` and `prepack_quantized` return there for CUDA tensors. The other two also take cuSPARSELt's copy of the
-weight, or None; which product is the fastest at x's rows `crossover` says. linear_quantized_cuda rounds x to 8 bits for
-cuSPARSELt. All take x of any shape [..., K] and strides, rounded to a 16-bit type, and return x's dtype.
+weight, or None; which product is the fastest at x's rows `crossover` says. Quantized weights meet x rounded to 8 bits
+in cuSPARSELt, and where a kernel that rounds it was measured to be the fastest. All take x of any shape [..., K] and
+strides, rounded to a 16-bit type, and return x's dtype.
 """
 
 from collections.abc import Callable
@@ -16,7 +18,7 @@ import torch
 from torch import Tensor
 
 from cast_serve.kernels.cuda import cusparselt, dense_quantized, weight_only
-from cast_serve.kernels.cuda.crossover import table, values_name
+from cast_serve.kernels.cuda.crossover import Layer, table, values_name
 from cast_serve.kernels.cuda.linear import check, expand, is_portable, packed_linear, prepack, tiled_linear
 from cast_serve.kernels.cuda.weight_only import PLANNERS, parts, weight_only_linear
 from conversion.errors import InputError
@@ -80,7 +82,17 @@ def prepack_quantized(
     bits = 4 if values.dtype == torch.uint8 else 8
     if bitmask is None:
         return dense_quantized.pack(values, scale, group_size), bits, group_size or 0
-    return weight_only.pack(values, bitmask, scale, group_size), bits, group_size or 0
+    packed = weight_only.pack(values, bitmask, scale, group_size)
+    layer = _layer(packed, values.shape[0], bitmask.shape[1] * 8, bits, group_size or 0)
+    if packed.is_cuda and table(packed.device.index).rounds(layer):
+        weight_only.prepare_products_in_8_bits(values.dtype, packed.device)
+    return packed, bits, group_size or 0
+
+
+def _layer(packed: Tensor, out_features: int, columns: int, bits: int, group_size: int) -> Layer:
+    """What a table knows a quantized weight by."""
+    values = "float8_e4m3fn" if packed.dtype == torch.float8_e4m3fn else f"int{bits}"
+    return out_features, columns, values_name(values, group_size or None)
 
 
 def linear_quantized(
@@ -93,9 +105,12 @@ def linear_quantized(
     float_activations: bool = False,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """As on the CPU, with what `prepack_quantized` returns, group_size 0 for one scale a row; x keeps its 16 bits."""
+    """As on the CPU, with what `prepack_quantized` returns, group_size 0 for one scale a row.
+
+    x keeps its 16 bits where the weight is dense, or float_activations says so, or no measurement says otherwise.
+    """
     if sparse:
-        return linear_quantized_cuda(x, panels, None, out_features, bits, group_size, bias)
+        return linear_quantized_cuda(x, panels, None, out_features, bits, group_size, float_activations, bias)
     from cast_serve.kernels.cuda.triton_dense import dense_quantized_linear
 
     rows, bias = _in_16_bits(x, out_features, bias)
@@ -111,13 +126,14 @@ def linear_quantized_cuda(
     out_features: int,
     bits: int,
     group_size: int,
+    float_activations: bool = False,
     bias: Tensor | None = None,
 ) -> Tensor:
     """`linear_quantized`; `compressed` is cuSPARSELt's copy of an int8 or fp8 weight with one scale a row, or None."""
     rows, bias = _in_16_bits(x, out_features, bias)
-    values = "float8_e4m3fn" if panels.dtype == torch.float8_e4m3fn else f"int{bits}"
-    layer = (out_features, x.shape[-1], values_name(values, group_size or None))
-    choice = table(x.device.index).choose(rows.shape[0], layer, compressed is not None)
+    layer = _layer(panels, out_features, x.shape[-1], bits, group_size)
+    with_cusparselt = compressed is not None and not float_activations
+    choice = table(x.device.index).choose(rows.shape[0], layer, with_cusparselt, not float_activations)
     with torch.cuda.device_of(x):
         if choice.method == "cusparselt" and compressed is not None and len(rows):
             scale = parts(panels, out_features, x.shape[-1], bits, None).scale.flatten()[:out_features]
@@ -174,7 +190,8 @@ _define(
 )
 _define(
     "linear_quantized_cuda",
-    "Tensor x, Tensor panels, Tensor? compressed, int out_features, int bits, int group_size, Tensor? bias=None",
+    "Tensor x, Tensor panels, Tensor? compressed, int out_features, int bits, int group_size, "
+    "bool float_activations=False, Tensor? bias=None",
     linear_quantized_cuda,
     out_features=3,
 )

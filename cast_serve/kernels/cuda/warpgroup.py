@@ -10,7 +10,7 @@ from cast_serve.kernels.cuda.tiled import WEIGHT_BYTES
 COLUMNS = 128
 """Of y, that a block makes: rows of the weight."""
 _STAGES = 6
-"""Buffers of 64 columns of x: 192 KB at most, and further ahead than memory is behind."""
+"""Buffers of 128 bytes of rows of x: 192 KB at most, and further ahead than memory is behind."""
 _BARRIERS = 1024
 """Bytes of shared memory for barriers; as much again is lost to alignment."""
 _PANEL = 16
@@ -50,11 +50,6 @@ class WarpgroupTile:
 TILES = (WarpgroupTile(128, 2), WarpgroupTile(128, 4), WarpgroupTile(256, 2), WarpgroupTile(256, 4))
 
 
-def tiles(types: Types) -> tuple[WarpgroupTile, ...]:
-    """None for products in 8 bits."""
-    return () if types.in_8_bits else TILES
-
-
 def cut_into(tile: WarpgroupTile, M: int, N: int, K: int) -> Plan:
     """Cut y [M, N] = x [M, K] W^T into such tiles, panel by panel of the weight's rows."""
     clusters, steps = -(-N // (COLUMNS * tile.cluster)), -(-K // STEP)
@@ -68,10 +63,10 @@ def _cycles(tile: WarpgroupTile, M: int, N: int, K: int, multiprocessors: int, t
     clusters = -(-N // (COLUMNS * tile.cluster)) * -(-M // tile.rows)
     # a cluster lies within one of the GPU's parts, of 16 or 18 multiprocessors or fewer: larger ones leave some idle
     at_once = max(1, int(multiprocessors * (1.0 if tile.cluster == 2 else 0.9)) // tile.cluster)
-    of_step = 128 * tile.box_rows + WEIGHT_BYTES[types.weight] * COLUMNS
+    of_step = STEP * types.x_bytes * tile.box_rows + WEIGHT_BYTES[types.weight] * COLUMNS
     # 5.5 TB/s shared by 132 at 1.75 GHz; x is written once and read by two warpgroups, 128 bytes a cycle, which takes
     # longer than the products
-    return -(-clusters // at_once) * -(-K // STEP) * max(of_step / 24, 3.0 * tile.rows)
+    return -(-clusters // at_once) * -(-K // STEP) * max(of_step / 24, 1.5 * types.x_bytes * tile.rows)
 
 
 @cache

@@ -1,4 +1,4 @@
-"""Quantized 2:4 weights that are multiplied in 16 bits: x is not rounded, the weight is made a 16-bit float on its way.
+"""Quantized 2:4 weights: made 16-bit floats on their way to the product, or multiplied in 8 bits by x rounded to them.
 
 In memory they lie in the order of the fragments like 16-bit ones (`layout`), in one tensor of bytes: kept values, then
 metadata, then scales. A lane has its 16 values of a step together: 16 bytes, 8-bit floats or integers 128 too large, or
@@ -13,7 +13,16 @@ from torch import Tensor
 
 from cast_serve.kernels.cuda import tiled, warpgroup
 from cast_serve.kernels.cuda.layout import LANES, ROWS, STEP, to_fragments
-from cast_serve.kernels.cuda.linear import Launch, Planner, expand, multiprocessors, packed_linear, prepare
+from cast_serve.kernels.cuda.linear import (
+    TYPES,
+    Launch,
+    Planner,
+    expand,
+    multiprocessors,
+    packed_linear,
+    prepare,
+    quantize_rows,
+)
 from cast_serve.kernels.cuda.plan import Plan, Types
 from conversion.errors import InputError
 from conversion.quantization.formats import INT4, decode, groups_of
@@ -22,8 +31,10 @@ OUTPUTS = {torch.bfloat16: "Bf16", torch.float16: "Fp16"}
 WEIGHT_ONLY = [Types(weight, output) for weight in ("W8", "F8", "W4") for output in OUTPUTS.values()]
 
 
-Method = Literal["small_m", "tiled", "warpgroup", "expanded"]
+Method = Literal["small_m", "tiled", "warpgroup", "expanded", "tiled_8_bit", "warpgroup_8_bit"]
 PLANNERS: dict[str, Planner] = {"tiled": tiled.plan, "warpgroup": warpgroup.plan}
+IN_8_BITS: dict[str, Planner] = {"tiled_8_bit": tiled.plan, "warpgroup_8_bit": warpgroup.plan}
+"""Methods that round x, row by row, to the type of weights of 8 bits with one scale a row."""
 
 
 class Parts(NamedTuple):
@@ -55,6 +66,11 @@ def pack(values: Tensor, bitmask: Tensor, scale: Tensor, group_size: int | None)
     floats, bits = values.dtype == torch.float8_e4m3fn, 4 if values.dtype == torch.uint8 else 8
     prepare(_types(bits, floats, torch.get_default_dtype()), values.device)
     return packed_in_fragments(values, bitmask, scale, group_size)
+
+
+def prepare_products_in_8_bits(dtype: torch.dtype, device: torch.device) -> None:
+    """Load the kernels of `IN_8_BITS` for weights of this dtype and x of the default one."""
+    prepare(Types(TYPES[dtype, torch.bfloat16].weight, OUTPUTS.get(torch.get_default_dtype(), "Bf16")), device)
 
 
 def packed_in_fragments(values: Tensor, bitmask: Tensor, scale: Tensor, group_size: int | None) -> Tensor:
@@ -139,12 +155,26 @@ def weight_only_linear(
 
     Args:
         method: the kernel for few rows, or one of those for many, of which "warpgroup" rounds the weight to x's dtype
-            where a row has several scales; "expanded" makes the weight dense for the call, and lets cuBLAS multiply.
+            where a row has several scales; "expanded" makes the weight dense for the call, and lets cuBLAS multiply;
+            those of `IN_8_BITS` round x.
         cut: the call cut into blocks, for one of the kernels.
     """
-    K = x.shape[1]
+    K, floats = x.shape[1], packed.dtype == torch.float8_e4m3fn
     fragments, metadata, scale = parts(packed, out_features, K, bits, group_size)
-    types = _types(bits, packed.dtype == torch.float8_e4m3fn, x.dtype)
+    if method in IN_8_BITS:
+        dtype = torch.float8_e4m3fn if floats else torch.int8
+        rounded, x_scale = quantize_rows(x, dtype, for_products=True, launch=launch)
+        planned = IN_8_BITS[method](len(x), out_features, K, multiprocessors(x.device), TYPES[dtype, x.dtype])
+        return packed_linear(
+            *(rounded, fragments, metadata, out_features, bias),
+            x_scale=x_scale,
+            w_scale=scale,
+            dtype=x.dtype,
+            types=TYPES[dtype, x.dtype],
+            cut=cut or planned,
+            launch=launch,
+        )
+    types = _types(bits, floats, x.dtype)
     group_steps = metadata.shape[1] if group_size is None else group_size // STEP
     if method == "expanded":
         dense = expand(

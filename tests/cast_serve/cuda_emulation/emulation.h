@@ -198,6 +198,8 @@ struct S8 {};
 struct W8 {};
 struct F8 {};
 struct W4 {};
+template <class T>
+constexpr bool kIn8Bits = std::is_same_v<T, S8> || std::is_same_v<T, E4m3>;
 
 inline uint4 load_once(const uint4* p) {
   emulation::read(p, 16);
@@ -261,6 +263,12 @@ inline unsigned transposed(unsigned pair) {
   const int lane = threadIdx.x % 32;
   auto value = [&](int row, int column) { return warp.e[4 * row + column / 2] >> column % 2 * 16 & 0xffff; };
   return value(2 * (lane % 4), lane / 4) | value(2 * (lane % 4) + 1, lane / 4) << 16;
+}
+
+inline unsigned of_neighbour(unsigned word) {
+  const emulation::Registers& warp =
+      emulation::exchange([&](emulation::Registers& registers, int lane) { registers.e[lane] = word; });
+  return warp.e[threadIdx.x % 32 ^ 1];
 }
 
 inline void let_next_begin() {}
@@ -346,7 +354,7 @@ inline unsigned word(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y
 // Element i of a lane's fragment, elements of kBits each, the first in the low bits of the first register.
 template <class T>
 float element(T type, const uint4& fragment, int i) {
-  constexpr int per_word = std::is_same_v<T, S8> || std::is_same_v<T, E4m3> ? 4 : 2;
+  constexpr int per_word = kIn8Bits<T> ? 4 : 2;
   const unsigned bits = word(fragment, i / per_word) >> i % per_word * (32 / per_word);
   if constexpr (per_word == 4)
     return to_float(type, static_cast<unsigned char>(bits));
@@ -357,7 +365,7 @@ float element(T type, const uint4& fragment, int i) {
 // A and B of a warp's fragments; wgmma has no fragments of B.
 template <int kSelector, class T>
 void assemble(T type, emulation::Registers& warp) {
-  constexpr bool wide = !(std::is_same_v<T, S8> || std::is_same_v<T, E4m3>);  // 16-bit
+  constexpr bool wide = !kIn8Bits<T>;  // 16-bit
   constexpr int elements = wide ? 8 : 16;
   std::memset(warp.A, 0, sizeof warp.A);
   for (int l = 0; l < 32; ++l) {
@@ -386,7 +394,7 @@ void assemble(T type, emulation::Registers& warp) {
 
 template <int kSelector, class T, class Sum>
 void mma_sp(T type, Sum (&d)[4], const uint4& a, const uint4& b, unsigned e) {
-  constexpr int K = std::is_same_v<T, S8> || std::is_same_v<T, E4m3> ? 64 : 32;
+  constexpr int K = kIn8Bits<T> ? 64 : 32;
   emulation::Registers& warp = emulation::exchange([&](emulation::Registers& registers, int lane) {
     registers.a[lane] = a;
     registers.b[lane] = b;

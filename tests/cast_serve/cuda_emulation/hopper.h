@@ -2,7 +2,7 @@
 // Takes hopper.cuh's place. Boxes arrive in random order at random times; a warpgroup's products are made at once or only
 // when they are waited for, by chance: a buffer that is filled too early, or read too late, shows in the result.
 //
-// Descriptors, swizzling and the layout of D follow the PTX ISA, sections 9.7.15.5.1 and 9.7.15.6.2.1.
+// Descriptors, swizzling and the layout of D follow the PTX ISA, sections 9.7.15.5.1 and 9.7.15.6.2.1 and .3.
 #pragma once
 
 #include <map>
@@ -17,9 +17,9 @@ namespace cast24 {
 // As tensor_map.py describes it; the driver encodes that for the GPU.
 struct TensorMap {
   const unsigned char* data;
-  int64_t columns, rows, stride;  // stride: bytes from row to row
+  int64_t itemsize, columns, rows, stride;  // stride: bytes from row to row
   int64_t box_columns, box_rows;
-  int64_t unused[10];
+  int64_t unused[9];
 };
 static_assert(sizeof(TensorMap) == 128);
 
@@ -50,10 +50,10 @@ struct Box {
   cast24::Barrier* barrier;
 };
 struct Product {
-  float* sum;
+  void* sums;
   int rows;  // of x
   unsigned long long b;
-  float A[16][32];
+  float A[16][64];
   void (*make)(const Product&);
 };
 
@@ -110,20 +110,15 @@ inline void deliver(std::mt19937& random) {
     if (has_ended(box.to_block)) fail("a box for a block that has ended");
     const cast24::TensorMap& map = *box.map;
     for (int64_t i = 0; i < map.box_rows; ++i)
-      for (int64_t byte = 0; byte < 2 * map.box_columns; byte += 16) {
-        const int64_t row = box.row + i, column = box.column + byte / 2;
+      for (int64_t byte = 0; byte < map.itemsize * map.box_columns; ++byte) {
+        const int64_t row = box.row + i, from = box.column * map.itemsize + byte;
         size_t at = box.to - shared_of(box.to_block) + i * 128 + byte;
         at ^= (at >> 7 & 7) << 4;
-        for (int k = 0; k < 8; ++k) {
-          unsigned short value = 0;
-          if (row < map.rows && column + k < map.columns) {
-            std::memcpy(&value, map.data + row * map.stride + (column + k) * 2, 2);
-          }
-          std::memcpy(shared_of(box.to_block) + at + 2 * k, &value, 2);
-        }
+        const bool is_there = row < map.rows && from < map.columns * map.itemsize;
+        shared_of(box.to_block)[at] = is_there ? map.data[row * map.stride + from] : 0;
       }
     Phases& phases = phases_of(box.barrier);
-    phases.bytes -= 2 * map.box_columns * map.box_rows;
+    phases.bytes -= map.itemsize * map.box_columns * map.box_rows;
     phases.settle();
   }
 }
@@ -164,11 +159,11 @@ inline void wait(Barrier* barrier, unsigned parity) {
 template <int kCluster>
 void copy_box(void* to, const TensorMap& map, int column, int row, Barrier* barrier) {
   if (emulation::shared.size() != kCluster) emulation::fail("a cluster of another size");
-  if (emulation::offset_of(to) % 1024 || map.box_columns != 64) emulation::fail("a box that swizzling does not fit");
+  if (emulation::offset_of(to) % 1024 || map.itemsize * map.box_columns != 128) emulation::fail("a box that swizzling does not fit");
   if (emulation::offset_of(to) + map.box_rows * 128 > emulation::shared_bytes) emulation::fail("a box too large");
   for (int64_t i = row; i < std::min<int64_t>(map.rows, row + map.box_rows); ++i)
-    for (int64_t k = column; k < std::min<int64_t>(map.columns, column + 64); k += 8)
-      emulation::read(map.data + i * map.stride + 2 * k, 16);
+    for (int64_t k = column; k < std::min<int64_t>(map.columns, column + map.box_columns); k += 16 / map.itemsize)
+      emulation::read(map.data + i * map.stride + map.itemsize * k, 16);
   for (int block = 0; block < kCluster; ++block)
     emulation::boxes.push_back({block, emulation::in_block(static_cast<unsigned char*>(to), block), &map, column, row,
                                 emulation::in_block(barrier, block)});
@@ -196,36 +191,38 @@ void wait_for_products() {
 }
 
 // The lane's part of D, from what shared memory holds now.
-template <class T>
+template <class T, class Sum>
 void make_product(const emulation::Product& product) {
+  constexpr int K = kIn8Bits<T> ? 64 : 32;
+  Sum* const sums = static_cast<Sum*>(product.sums);
   const size_t start = (product.b & 0x3fff) << 4, of_8_rows = (product.b >> 32 & 0x3fff) << 4;
   if (product.b >> 62 != 1 || (product.b >> 49 & 7) != 0) emulation::fail("a layout of B that is not emulated");
   const unsigned char* shared = emulation::shared_of(emulation::this_block());
   const int lane = threadIdx.x % 32, group = lane >> 2, thread = lane % 4;
   for (int i = 0; i < product.rows / 2; ++i) {
     const int row = i % 4 < 2 ? group : group + 8, column = i / 4 * 8 + thread * 2 + i % 2;
-    double sum = product.sum[i];
-    for (int k = 0; k < 32; ++k) {
-      size_t at = start + column / 8 * of_8_rows + column % 8 * 128 + 2 * k;
+    double sum = sums[i];
+    for (int k = 0; k < K; ++k) {
+      size_t at = start + column / 8 * of_8_rows + column % 8 * 128 + 64 / K * k;
       at ^= (at >> 7 & 7) << 4;
-      unsigned short bits;
-      std::memcpy(&bits, shared + at, 2);
+      std::conditional_t<kIn8Bits<T>, unsigned char, unsigned short> bits;
+      std::memcpy(&bits, shared + at, sizeof bits);
       sum += static_cast<double>(product.A[row][k]) * to_float(T(), bits);
     }
-    product.sum[i] = static_cast<float>(sum);
+    sums[i] = static_cast<Sum>(sum);
   }
 }
 
-template <int kSelector, class T, int kSums>
-void begin_mma_sp(T type, float (&d)[kSums], const uint4& a, unsigned long long b, unsigned e) {
+template <int kSelector, class T, class Sum, int kSums>
+void begin_mma_sp(T type, Sum (&d)[kSums], const uint4& a, unsigned long long b, unsigned e) {
   emulation::Registers& warp = emulation::exchange([&](emulation::Registers& registers, int lane) {
     registers.a[lane] = a;
     registers.b[lane] = {};
     registers.e[lane] = e;
   });
   if (!warp.assembled) assemble<kSelector>(type, warp);
-  emulation::Product product{d, 2 * kSums, b, {}, make_product<T>};
-  for (int row = 0; row < 16; ++row) std::copy(warp.A[row], warp.A[row] + 32, product.A[row]);
+  emulation::Product product{d, 2 * kSums, b, {}, make_product<T, Sum>};
+  std::memcpy(product.A, warp.A, sizeof product.A);
   emulation::products[emulation::self].push_back(product);
   if (!emulation::products_are_late) wait_for_products<0>();
 }

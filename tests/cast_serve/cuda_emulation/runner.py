@@ -24,7 +24,8 @@ class Emulation:
     def __init__(self, directory: Path, types: Sequence[Types], linear: Sequence[Kernel] | None = None) -> None:
         lines, names = [], []
         for kinds in types:
-            chosen = linear_kernels(kinds, hopper=True) if linear is None else linear
+            of_all_gpus = dict.fromkeys((*linear_kernels(kinds), *linear_kernels(kinds, hopper=True)))
+            chosen = tuple(of_all_gpus) if linear is None else linear
             *multiply, last = macros(kinds, chosen)
             for kernel, macro in zip(chosen, multiply, strict=True):
                 names.append(_name(kinds, kernel.entry.name))

@@ -104,40 +104,43 @@ __device__ __forceinline__ void wait_for_products() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kLeft) : "memory");
 }
 
-// Numbers of 10 and of 60 operands, and 8 and 64 operands.
+// Numbers of 10 and of 60 operands, and 8 and 64 operands, of kind "+f" or "+r".
 #define CAST24_TEN(t) \
   "%" #t "0,%" #t "1,%" #t "2,%" #t "3,%" #t "4,%" #t "5,%" #t "6,%" #t "7,%" #t "8,%" #t "9"
 #define CAST24_60 CAST24_TEN() "," CAST24_TEN(1) "," CAST24_TEN(2) "," CAST24_TEN(3) "," CAST24_TEN(4) "," CAST24_TEN(5)
-#define CAST24_8(d, i)                                                                                      \
-  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
-      "+f"(d[i + 7])
-#define CAST24_64(d, i)                                                                                      \
-  CAST24_8(d, i), CAST24_8(d, i + 8), CAST24_8(d, i + 16), CAST24_8(d, i + 24), CAST24_8(d, i + 32),         \
-      CAST24_8(d, i + 40), CAST24_8(d, i + 48), CAST24_8(d, i + 56)
+#define CAST24_8(kind, d, i)                                                                                  \
+  kind(d[i]), kind(d[i + 1]), kind(d[i + 2]), kind(d[i + 3]), kind(d[i + 4]), kind(d[i + 5]), kind(d[i + 6]), \
+      kind(d[i + 7])
+#define CAST24_64(kind, d, i)                                                                           \
+  CAST24_8(kind, d, i), CAST24_8(kind, d, i + 8), CAST24_8(kind, d, i + 16), CAST24_8(kind, d, i + 24), \
+      CAST24_8(kind, d, i + 32), CAST24_8(kind, d, i + 40), CAST24_8(kind, d, i + 48), CAST24_8(kind, d, i + 56)
 
-// d += A B of a warpgroup, begun: A is 64 rows by 32 columns, 16 rows in each warp as operand A of mma_sp, B the same
-// columns of 128 or 256 rows of x. d[4 i + j] of a lane is what mma_sp has in d[j] for rows 8 i to 8 i + 7 of x. PTX ISA
-// 9.7.15.6.2.1; metadata as for mma.sp.
-#define CAST24_WGMMA_SP(Type, in)                                                                                        \
+// d += A B of a warpgroup, begun: A is 64 rows by 64 bytes of kept values and zeros, 16 rows in each warp as operand A of
+// mma_sp, B the same columns of 128 or 256 rows of x. d[4 i + j] of a lane is what mma_sp has in d[j] for rows 8 i to
+// 8 i + 7 of x. PTX ISA 9.7.15.6.2.1 and .3; metadata as for mma.sp. `signs`: neither operand is negated, nor, of 16 bits,
+// transposed; integers cannot be.
+#define CAST24_WGMMA_SP(Type, acc_t, kind, columns, types, signs)                                                        \
   template <int kSelector>                                                                                               \
-  __device__ __forceinline__ void begin_mma_sp(Type, float(&d)[64], const uint4& a, unsigned long long b, unsigned e) {  \
+  __device__ __forceinline__ void begin_mma_sp(Type, acc_t(&d)[64], const uint4& a, unsigned long long b, unsigned e) {  \
     asm volatile("{ .reg .pred add; setp.eq.u32 add, 0, 0; "                                                             \
-                 "wgmma.mma_async.sp.sync.aligned.m64n128k32.f32." in "." in " {" CAST24_60                              \
-                 ",%60,%61,%62,%63}, {%64,%65,%66,%67}, %68, %69, %70, add, 1, 1, 0; }"                                  \
-                 : CAST24_64(d, 0)                                                                                       \
+                 "wgmma.mma_async.sp.sync.aligned.m64n128" columns "." types " {" CAST24_60                              \
+                 ",%60,%61,%62,%63}, {%64,%65,%66,%67}, %68, %69, %70, add" signs "; }"                                  \
+                 : CAST24_64(kind, d, 0)                                                                                 \
                  : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "l"(b), "r"(e), "n"(kSelector));                              \
   }                                                                                                                      \
   template <int kSelector>                                                                                               \
-  __device__ __forceinline__ void begin_mma_sp(Type, float(&d)[128], const uint4& a, unsigned long long b, unsigned e) { \
+  __device__ __forceinline__ void begin_mma_sp(Type, acc_t(&d)[128], const uint4& a, unsigned long long b, unsigned e) { \
     asm volatile("{ .reg .pred add; setp.eq.u32 add, 0, 0; "                                                             \
-                 "wgmma.mma_async.sp.sync.aligned.m64n256k32.f32." in "." in " {" CAST24_60 "," CAST24_TEN(6)            \
+                 "wgmma.mma_async.sp.sync.aligned.m64n256" columns "." types " {" CAST24_60 "," CAST24_TEN(6)            \
                  "," CAST24_TEN(7) "," CAST24_TEN(8) "," CAST24_TEN(9) "," CAST24_TEN(10) "," CAST24_TEN(11)             \
-                 ",%120,%121,%122,%123,%124,%125,%126,%127}, {%128,%129,%130,%131}, %132, %133, %134, add, 1, 1, 0; }"   \
-                 : CAST24_64(d, 0), CAST24_64(d, 64)                                                                     \
+                 ",%120,%121,%122,%123,%124,%125,%126,%127}, {%128,%129,%130,%131}, %132, %133, %134, add" signs "; }"   \
+                 : CAST24_64(kind, d, 0), CAST24_64(kind, d, 64)                                                         \
                  : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "l"(b), "r"(e), "n"(kSelector));                              \
   }
-CAST24_WGMMA_SP(Bf16, "bf16")
-CAST24_WGMMA_SP(Fp16, "f16")
+CAST24_WGMMA_SP(Bf16, float, "+f", "k32", "f32.bf16.bf16", ", 1, 1, 0")
+CAST24_WGMMA_SP(Fp16, float, "+f", "k32", "f32.f16.f16", ", 1, 1, 0")
+CAST24_WGMMA_SP(E4m3, float, "+f", "k64", "f32.e4m3.e4m3", ", 1, 1")
+CAST24_WGMMA_SP(S8, int, "+r", "k64", "s32.s8.s8", "")
 #undef CAST24_WGMMA_SP
 #undef CAST24_60
 #undef CAST24_64

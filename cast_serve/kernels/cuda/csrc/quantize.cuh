@@ -5,10 +5,10 @@ namespace cast24 {
 
 struct QuantizeArguments {
   const unsigned short* x;  // [M, K], rows x_stride elements apart, 16-byte aligned, K a multiple of 8
-  unsigned char* quantized;  // [M, K], rows quantized_stride bytes apart, a multiple of 8
+  unsigned char* quantized;  // [M, K], rows quantized_stride bytes apart, a multiple of 8; or [M, K up to a multiple of 64]
   float* scale;              // [M]: x = quantized * scale
   long long x_stride, quantized_stride;
-  int K;
+  int K, for_products;       // 1: groups of four columns as `in_8_bits` has them, for a packed weight, then zeros
 };
 
 constexpr int kQuantizeThreads = 256;
@@ -38,8 +38,9 @@ __device__ __forceinline__ void round_row(const QuantizeArguments& arg) {
   const float scale = maxima[0] > 0.0f ? maxima[0] / kLargest<T> : 1.0f, inverse = 1.0f / scale;
   if (threadIdx.x == 0) arg.scale[blockIdx.x] = scale;
   unsigned char* out = arg.quantized + blockIdx.x * arg.quantized_stride;
-  for (int k = 8 * threadIdx.x; k < arg.K; k += 8 * kQuantizeThreads) {
-    const uint4 v = load(reinterpret_cast<const uint4*>(row + k));
+  const int end = arg.for_products ? (arg.K + 63) / 64 * 64 : arg.K;
+  for (int k = 8 * threadIdx.x; k < end; k += 8 * kQuantizeThreads) {
+    const uint4 v = k < arg.K ? load(reinterpret_cast<const uint4*>(row + k)) : make_uint4(0, 0, 0, 0);
     unsigned long long bytes = 0;
     int shift = 0;
     for (unsigned word : {v.x, v.y, v.z, v.w}) {
@@ -48,7 +49,12 @@ __device__ __forceinline__ void round_row(const QuantizeArguments& arg) {
       bytes |= static_cast<unsigned long long>(to_8_bits(T(), low, high)) << shift;
       shift += 16;
     }
-    *reinterpret_cast<unsigned long long*>(out + k) = bytes;
+    if (arg.for_products) {
+      *reinterpret_cast<unsigned*>(out + in_8_bits(k)) = static_cast<unsigned>(bytes);
+      *reinterpret_cast<unsigned*>(out + in_8_bits(k + 4)) = static_cast<unsigned>(bytes >> 32);
+    } else {
+      *reinterpret_cast<unsigned long long*>(out + k) = bytes;
+    }
   }
 }
 

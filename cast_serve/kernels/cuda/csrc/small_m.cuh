@@ -1,8 +1,8 @@
 // y = x W^T + bias for few rows of x: the packed 2:4 weight W is operand A of mma.sp and is streamed from memory once.
 //
-// A weight tile is 16 rows by 64 bytes of x (32 columns of 16-bit types, 64 of 8-bit ones); a step is 64 columns, two
-// tiles or one, with one word of metadata per lane. The weight is stored in the order of the fragments (layout.py), so
-// that a lane reads its 16 bytes of a tile with one load, and a warp 512 contiguous bytes.
+// A weight tile is 16 rows by 32 columns; a step is 64 columns, two tiles, with one word of metadata per lane. The weight is
+// stored in the order of the fragments (layout.py), so that a lane reads its 16 bytes of a tile with one load, and a warp
+// 512 contiguous bytes.
 //
 // A block takes kWarps / kWarpsK x kRowTiles weight tiles downwards and, along K, the steps of its split, which kWarpsK
 // warps share in turn. Weights go from memory straight into registers, kDepth steps ahead; x goes through shared memory,
@@ -19,7 +19,7 @@ struct LinearArguments {
   const unsigned* metadata;  // [row_tiles, steps, 32 lanes]
   const unsigned char* x;   // [M, K], rows x_stride bytes apart, 16-byte aligned, K a multiple of 8
   const float* x_scale;     // [M], E4m3 and S8 only
-  const float* w_scale;     // [N] for those; W8, F8 and W4: [row_tiles, groups, 16]
+  const float* w_scale;     // [row_tiles, groups, 16], not for Bf16 and Fp16
   const unsigned short* bias;  // [N] in y's type, or null
   unsigned short* y;        // [M, N]
   uint4* partial;           // for splits > 1: small_m [ceil(M / 8 kColumnTiles), splits, row_tiles, kColumnTiles, 32] of
@@ -27,7 +27,7 @@ struct LinearArguments {
   unsigned* counters;       // for splits > 1: one for each block of a split, all 0
   long long x_stride;
   int M, N, K, row_tiles, steps, steps_per_split;
-  int groups, group_steps;  // W8, F8 and W4: scales of a row, steps that share one
+  int groups, group_steps;  // scales of a row, steps that share one
 };
 
 // One tile of x in shared memory: 32 lanes of 16 bytes, and 16 bytes more, so that storing has no bank conflicts.
@@ -39,30 +39,9 @@ struct Stage {
   uint4 tiles[kColumnTiles * kTiles * kTileStride];
 };
 
-// 16 bytes of a row of x of which `left` are there, zeros for the rest: a row of 8-bit values may end in the middle.
-template <int kXBytes>
-__device__ __forceinline__ uint4 load_chunk(const unsigned char* p, int left) {
-  uint4 v = make_uint4(0, 0, 0, 0);
-  if constexpr (kXBytes == 2) {
-    if (left > 0) v = load(reinterpret_cast<const uint4*>(p));
-  } else {
-    if (left > 0) {
-      const uint2 half = load(reinterpret_cast<const uint2*>(p));
-      v.x = half.x;
-      v.y = half.y;
-    }
-    if (left > 8) {
-      const uint2 half = load(reinterpret_cast<const uint2*>(p + 8));
-      v.z = half.x;
-      v.w = half.y;
-    }
-  }
-  return v;
-}
-
 // Bring `tiles` tiles of x, from byte `start` of each row on, into the order of operand B: register i of lane 4 g + t
 // holds bytes 16 i + 4 t of row g. Rows that x lacks are left as they are: a column of B is nobody's but its own.
-template <int kColumnTiles, int kThreads, int kXBytes>
+template <int kColumnTiles, int kThreads>
 __device__ __forceinline__ void stage_x(Stage<kColumnTiles>& stage, const LinearArguments& arg, int first_row, int start,
                                         int tiles) {
   constexpr int kBatch = 4;  // loads on their way before the first of them is stored
@@ -75,8 +54,9 @@ __device__ __forceinline__ void stage_x(Stage<kColumnTiles>& stage, const Linear
 #pragma unroll
     for (int n = 0; n < kBatch; ++n) {
       const int c = first + n * kThreads, row = c >> (log_tiles + 2), chunk = c & ((4 << log_tiles) - 1);
-      const int byte = start + 16 * chunk, left = row < rows ? arg.K * kXBytes - byte : 0;
-      v[n] = load_chunk<kXBytes>(arg.x + (first_row + row) * arg.x_stride + byte, left);
+      const int byte = start + 16 * chunk;
+      const unsigned char* at = arg.x + (first_row + row) * arg.x_stride + byte;
+      v[n] = row < rows && byte < 2 * arg.K ? load(reinterpret_cast<const uint4*>(at)) : make_uint4(0, 0, 0, 0);
     }
 #pragma unroll
     for (int n = 0; n < kBatch; ++n) {
@@ -99,26 +79,24 @@ __device__ __forceinline__ uint4 bits_of(const int (&s)[4]) {
   return make_uint4(static_cast<unsigned>(s[0]), static_cast<unsigned>(s[1]), static_cast<unsigned>(s[2]),
                     static_cast<unsigned>(s[3]));
 }
-__device__ __forceinline__ void add_bits(float (&s)[4], const uint4& v) {
-  s[0] += __uint_as_float(v.x);
-  s[1] += __uint_as_float(v.y);
-  s[2] += __uint_as_float(v.z);
-  s[3] += __uint_as_float(v.w);
-}
 __device__ __forceinline__ void add_bits(int (&s)[4], const uint4& v) {
   s[0] += static_cast<int>(v.x);
   s[1] += static_cast<int>(v.y);
   s[2] += static_cast<int>(v.z);
   s[3] += static_cast<int>(v.w);
 }
+__device__ __forceinline__ void add_bits(float (&s)[4], const uint4& v) {
+  s[0] += __uint_as_float(v.x);
+  s[1] += __uint_as_float(v.y);
+  s[2] += __uint_as_float(v.z);
+  s[3] += __uint_as_float(v.w);
+}
 
 // Grid: (ceil(row_tiles kWarpsK / (kWarps kRowTiles)), splits, ceil(M / (8 kColumnTiles))), blocks of 32 kWarps threads.
 template <class T, class Out, int kColumnTiles, int kRowTiles, int kWarps, int kWarpsK, int kDepth>
 __device__ __forceinline__ void small_m_linear(const LinearArguments& arg) {
-  using Sum = typename Traits<T>::Sum;
   using Product = typename ProductOf<T, Out>::Type;
-  constexpr int kTiles = Traits<T>::kTiles;
-  constexpr int kStageSteps = Stage<kColumnTiles>::kTiles / kTiles;
+  constexpr int kStageSteps = Stage<kColumnTiles>::kTiles / 2;
   static_assert(kStageSteps % (kDepth * kWarpsK) == 0, "a stage is a whole number of rounds of the pipeline");
   __shared__ Stage<kColumnTiles> stage;
 
@@ -151,43 +129,42 @@ __device__ __forceinline__ void small_m_linear(const LinearArguments& arg) {
   let_next_begin();
   wait_for_previous();
 
-  Sum sum[kRowTiles][kColumnTiles][4] = {};
+  float sum[kRowTiles][kColumnTiles][4] = {};
   for (int round = begin; round < end; round += kDepth * kWarpsK) {
     const int staged = (round - begin) % kStageSteps;
     if (staged == 0) {
       __syncthreads();
-      stage_x<kColumnTiles, 32 * kWarps, Traits<T>::kXBytes>(stage, arg, first_row, round * kTiles * 64,
-                                                             min(kStageSteps, end - round) * kTiles);
+      stage_x<kColumnTiles, 32 * kWarps>(stage, arg, first_row, round * 128, min(kStageSteps, end - round) * 2);
       __syncthreads();
     }
 #pragma unroll
     for (int slot = 0; slot < kDepth; ++slot) {
       const int ahead = slot * kWarpsK + along_k, step = round + ahead;
       if (step < end) {
-        uint4 a[kRowTiles][kTiles];
+        uint4 a[kRowTiles][2];
 #pragma unroll
         for (int r = 0; r < kRowTiles; ++r)
 #pragma unroll
-          for (int h = 0; h < kTiles; ++h)
+          for (int h = 0; h < 2; ++h)
             if (r < row_tiles) a[r][h] = operand_a(Product(), T(), words[slot][r], h);
 #pragma unroll
         for (int c = 0; c < kColumnTiles; ++c) {
-          uint4 b[kTiles];
+          uint4 b[2];
 #pragma unroll
-          for (int h = 0; h < kTiles; ++h)
-            b[h] = stage.tiles[(c * Stage<kColumnTiles>::kTiles + (staged + ahead) * kTiles + h) * kTileStride + lane];
+          for (int h = 0; h < 2; ++h)
+            b[h] = stage.tiles[(c * Stage<kColumnTiles>::kTiles + (staged + ahead) * 2 + h) * kTileStride + lane];
 #pragma unroll
           for (int r = 0; r < kRowTiles; ++r) {
             if (r >= row_tiles) continue;
             if constexpr (Traits<T>::kGroups) {
-              Sum of_step[4] = {};
+              float of_step[4] = {};
               mma_sp<0>(Product(), of_step, a[r][0], b[0], e[slot][r]);
               mma_sp<1>(Product(), of_step, a[r][1], b[1], e[slot][r]);
 #pragma unroll
               for (int i = 0; i < 4; ++i) sum[r][c][i] += of_step[i] * scale[slot][r][i / 2];
             } else {
               mma_sp<0>(Product(), sum[r][c], a[r][0], b[0], e[slot][r]);
-              if constexpr (kTiles == 2) mma_sp<1>(Product(), sum[r][c], a[r][1], b[1], e[slot][r]);
+              mma_sp<1>(Product(), sum[r][c], a[r][1], b[1], e[slot][r]);
             }
           }
         }
@@ -256,16 +233,13 @@ __device__ __forceinline__ void small_m_linear(const LinearArguments& arg) {
       const int n = (first_tile + r) * 16 + 8 * half + g;
       if (n >= arg.N) continue;
       const float bias = arg.bias ? to_float(Out(), arg.bias[n]) : 0.0f;
-      const float row_scale = Traits<T>::kScaledAtEnd ? arg.w_scale[n] : 1.0f;
 #pragma unroll
       for (int c = 0; c < kColumnTiles; ++c)
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           const int m = row + 8 * c + i;
           if (m >= arg.M || !mine(r, c)) continue;
-          float v = static_cast<float>(sum[r][c][2 * half + i]);
-          if constexpr (Traits<T>::kScaledAtEnd) v *= row_scale * arg.x_scale[m];
-          arg.y[static_cast<long long>(m) * arg.N + n] = from_float(Out(), v + bias);
+          arg.y[static_cast<long long>(m) * arg.N + n] = from_float(Out(), sum[r][c][2 * half + i] + bias);
         }
     }
   }

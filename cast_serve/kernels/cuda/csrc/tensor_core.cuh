@@ -81,6 +81,9 @@ __device__ __forceinline__ unsigned transposed(unsigned pair) {
   return v;
 }
 
+// The word of the other lane of two.
+__device__ __forceinline__ unsigned of_neighbour(unsigned word) { return __shfl_xor_sync(~0u, word, 1); }
+
 // d += A B: A is 16 rows by 64 bytes of kept values and zeros, B the same 64 bytes by 8 columns, as PTX ISA 9.7.14.6
 // ("mma.sp") lays them out over the lanes. `e` says where the kept values stand; lanes 2 Selector and 2 Selector + 1 of
 // every four give it for 16-bit types, all four for 8-bit ones.

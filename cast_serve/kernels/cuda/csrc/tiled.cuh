@@ -1,9 +1,10 @@
 // y = x W^T + bias for many rows of x: a tiled product on the packed 2:4 weight, in the layout of small_m.cuh, so that one
 // copy of it serves all M. W is operand A of mma.sp here, too.
 //
-// A block makes kWarpsM x 8 kColumnTiles rows and kWarpsN x 16 kRowTiles columns of y, and walks its split of K in steps of
-// 64 columns. x comes by cp.async into buffers that are kStages - 1 steps ahead. The weight, which other blocks read at about
-// the same time and find in the second-level cache, goes straight into registers, one step ahead.
+// A block makes kWarpsM x 8 kColumnTiles rows and kWarpsN x 16 kRowTiles columns of y, and walks its split of K in turns of
+// 128 bytes of x: one step of the weight, or two where x was rounded to 8 bits. x comes by cp.async into buffers that are
+// kStages - 1 turns ahead. The weight, which other blocks read at about the same time and find in the second-level cache,
+// goes straight into registers, one turn ahead.
 #pragma once
 
 namespace cast24 {
@@ -40,6 +41,18 @@ __device__ __forceinline__ float bias_of(Out, const LinearArguments& arg, int n)
   return arg.bias && n < arg.N ? to_float(Out(), arg.bias[n]) : 0.0f;
 }
 
+// That a lane's two sums of 8 rows of x by 8 of the weight are multiplied by: the scale of the weight's row, and those of
+// the rows of x where it was rounded.
+struct Scales {
+  float low, high;
+};
+template <bool kOfX>
+__device__ __forceinline__ Scales scales_of(const LinearArguments& arg, int first_m, float of_weight, int lane) {
+  if constexpr (!kOfX) return {of_weight, of_weight};
+  const int m = first_m + 2 * (lane % 4);
+  return {of_weight * arg.x_scale[min(m, arg.M - 1)], of_weight * arg.x_scale[min(m + 1, arg.M - 1)]};
+}
+
 // 8 rows of x by 8 rows of the weight: lane 4 g + t has row g of the weight and rows 2 t and 2 t + 1 of x. Transposed it has
 // two neighbours of y's row g.
 template <class Out>
@@ -64,47 +77,67 @@ __device__ __forceinline__ void tiled_linear(const LinearArguments& arg) {
   using Product = typename ProductOf<T, Out>::Type;
   constexpr int kRows = 8 * kColumnTiles * kWarpsM, kThreads = 32 * kWarpsM * kWarpsN;
   constexpr int kStages = kRows > 96 ? 3 : 4;
-  static_assert(Traits<T>::kXBytes == 2 && kStages * kRows * 128 <= 48 << 10 && kRows * 8 % kThreads == 0);
+  constexpr int kSteps = Traits<T>::kSteps;
+  constexpr bool kIn8Bits = Traits<T>::kXBytes == 1;
+  static_assert(kStages * kRows * 128 <= 48 << 10 && kRows * 8 % kThreads == 0);
   // Of each row 8 chunks of 16 bytes, chunk c at c ^ (row % 8): the same chunk of 8 rows lies in all banks.
   __shared__ uint4 x[kStages][kRows * 8];
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4;
   const int first_row = blockIdx.x * kRows, column = warp % kWarpsM * kColumnTiles;
   const int first_tile = (blockIdx.z * kWarpsN + warp / kWarpsM) * kRowTiles;
-  const int begin = blockIdx.y * arg.steps_per_split, end = min(begin + arg.steps_per_split, arg.steps);
+  const int turns = (arg.steps_per_split + kSteps - 1) / kSteps, begin = blockIdx.y * turns;
+  const int end = min(begin + turns, (arg.steps + kSteps - 1) / kSteps);
 
   // Rows that x lacks are left as they are: a column of operand B is nobody's but its own.
-  auto stage = [&](int slot, int step) {
-    if (step < end) {
+  auto stage = [&](int slot, int turn) {
+    if (turn < end) {
 #pragma unroll
       for (int i = 0; i < kRows * 8 / kThreads; ++i) {
-        const int at = i * kThreads + threadIdx.x, row = at / 8, chunk = at % 8, k = step * 64 + 8 * chunk;
+        const int at = i * kThreads + threadIdx.x, row = at / 8, chunk = at % 8, byte = turn * 128 + 16 * chunk;
         if (first_row + row < arg.M)
-          copy_async(&x[slot][row * 8 + (chunk ^ row % 8)], arg.x + (first_row + row) * arg.x_stride + 2 * k, k < arg.K);
+          copy_async(&x[slot][row * 8 + (chunk ^ row % 8)], arg.x + (first_row + row) * arg.x_stride + byte,
+                     byte < arg.K * Traits<T>::kXBytes);
       }
     }
     end_copies();
   };
 
-  WeightStep<T, kRowTiles> next;
-  next.fetch(arg, first_tile, begin, lane);
+  WeightStep<T, kRowTiles> next[kSteps];
+  auto fetch = [&](int turn) {
+#pragma unroll
+    for (int k = 0; k < kSteps; ++k)  // where the last turn's second step is missing x is zeros
+      next[k].fetch(arg, first_tile, min(turn * kSteps + k, arg.steps - 1), lane);
+  };
+  fetch(begin);
   let_next_begin();
   wait_for_previous();
 #pragma unroll
   for (int slot = 0; slot < kStages - 1; ++slot) stage(slot, begin + slot);
 
-  float sum[kRowTiles][kColumnTiles][4] = {};
-  for (int step = begin, slot = 0; step < end; ++step) {
+  typename Traits<T>::Sum sum[kRowTiles][kColumnTiles][4] = {};
+  for (int turn = begin, slot = 0; turn < end; ++turn) {
     wait_for_copies<kStages - 2>();
-    __syncthreads();  // all threads' copies of this step are there, and the step before is done with
-    stage(slot == 0 ? kStages - 1 : slot - 1, step + kStages - 1);
-    const WeightStep<T, kRowTiles> now = next;
-    if (step + 1 < end) next.fetch(arg, first_tile, step + 1, lane);
+    __syncthreads();  // all threads' copies of this turn are there, and the turn before is done with
+    stage(slot == 0 ? kStages - 1 : slot - 1, turn + kStages - 1);
+    WeightStep<T, kRowTiles> now[kSteps];
+#pragma unroll
+    for (int k = 0; k < kSteps; ++k) now[k] = next[k];
+    if (turn + 1 < end) fetch(turn + 1);
     uint4 a[kRowTiles][2];
+    unsigned e[kRowTiles][2];
 #pragma unroll
     for (int r = 0; r < kRowTiles; ++r)
 #pragma unroll
-      for (int h = 0; h < 2; ++h) a[r][h] = operand_a(Product(), T(), now.words[r], h);
+      for (int h = 0; h < 2; ++h) {
+        if constexpr (kIn8Bits) {
+          a[r][h] = operand_of_step(T(), now[h].words[r]);
+          e[r][h] = metadata_of_step(now[h].e[r], lane);
+        } else {
+          a[r][h] = operand_a(Product(), T(), now[0].words[r], h);
+          e[r][h] = now[0].e[r];
+        }
+      }
 #pragma unroll
     for (int c = 0; c < kColumnTiles; ++c) {
       uint4 b[2];
@@ -115,13 +148,13 @@ __device__ __forceinline__ void tiled_linear(const LinearArguments& arg) {
       for (int r = 0; r < kRowTiles; ++r) {
         if constexpr (Traits<T>::kGroups) {
           float of_step[4] = {};
-          mma_sp<0>(Product(), of_step, a[r][0], b[0], now.e[r]);
-          mma_sp<1>(Product(), of_step, a[r][1], b[1], now.e[r]);
+          mma_sp<0>(Product(), of_step, a[r][0], b[0], e[r][0]);
+          mma_sp<1>(Product(), of_step, a[r][1], b[1], e[r][1]);
 #pragma unroll
-          for (int i = 0; i < 4; ++i) sum[r][c][i] += of_step[i] * now.scale[r][i / 2];
+          for (int i = 0; i < 4; ++i) sum[r][c][i] += of_step[i] * now[0].scale[r][i / 2];
         } else {
-          mma_sp<0>(Product(), sum[r][c], a[r][0], b[0], now.e[r]);
-          mma_sp<1>(Product(), sum[r][c], a[r][1], b[1], now.e[r]);
+          mma_sp<0>(Product(), sum[r][c], a[r][0], b[0], e[r][0]);
+          mma_sp<kIn8Bits ? 0 : 1>(Product(), sum[r][c], a[r][1], b[1], e[r][1]);
         }
       }
     }
@@ -156,10 +189,16 @@ __device__ __forceinline__ void tiled_linear(const LinearArguments& arg) {
     for (int half = 0; half < 2; ++half) {
       const int first_n = (first_tile + r) * 16 + 8 * half;
       const float bias = bias_of(Out(), arg, first_n + g);
+      float scale = 1.0f;
+      if constexpr (kIn8Bits)
+        if (first_tile + r < arg.row_tiles) scale = load(arg.w_scale + first_n + g);
 #pragma unroll
-      for (int c = 0; c < kColumnTiles; ++c)
-        store_8_by_8(Out(), arg, first_row + (column + c) * 8, first_n, sum[r][c][2 * half] + bias,
-                     sum[r][c][2 * half + 1] + bias, lane);
+      for (int c = 0; c < kColumnTiles; ++c) {
+        const int first_m = first_row + (column + c) * 8;
+        const Scales scales = scales_of<kIn8Bits>(arg, first_m, scale, lane);
+        store_8_by_8(Out(), arg, first_m, first_n, sum[r][c][2 * half] * scales.low + bias,
+                     sum[r][c][2 * half + 1] * scales.high + bias, lane);
+      }
     }
 }
 

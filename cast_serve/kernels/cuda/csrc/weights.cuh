@@ -3,39 +3,42 @@
 
 namespace cast24 {
 
-// kTiles: of a step; kXBytes: of an element of x; kWords: of kept values of a lane and step; kScaledAtEnd: sums are
-// multiplied by the scales of rows at the end; kGroups: while they are made, by scales of groups of columns.
+// kXBytes: of an element of x; kSteps: of the weight, that 128 bytes of x meet; kWords: of kept values of a lane and step;
+// kGroups: sums are multiplied by scales of groups of columns while they are made.
 template <class T>
 struct Traits;
 template <>
 struct Traits<Bf16> {
   using Sum = float;
-  static constexpr int kTiles = 2, kXBytes = 2, kWords = 8;
-  static constexpr bool kScaledAtEnd = false, kGroups = false;
+  static constexpr int kXBytes = 2, kSteps = 1, kWords = 8;
+  static constexpr bool kGroups = false;
 };
 template <>
 struct Traits<Fp16> : Traits<Bf16> {};
 template <>
-struct Traits<E4m3> {
-  using Sum = float;
-  static constexpr int kTiles = 1, kXBytes = 1, kWords = 4;
-  static constexpr bool kScaledAtEnd = true, kGroups = false;
-};
-template <>
-struct Traits<S8> : Traits<E4m3> {
-  using Sum = int;
-};
-template <>
 struct Traits<W8> {
   using Sum = float;
-  static constexpr int kTiles = 2, kXBytes = 2, kWords = 4;
-  static constexpr bool kScaledAtEnd = false, kGroups = true;
+  static constexpr int kXBytes = 2, kSteps = 1, kWords = 4;
+  static constexpr bool kGroups = true;
 };
 template <>
 struct Traits<F8> : Traits<W8> {};
 template <>
 struct Traits<W4> : Traits<W8> {
   static constexpr int kWords = 2;
+};
+// The bytes of W8 and of F8, multiplied by x in 8 bits. kOffset: they are 128 too large.
+template <>
+struct Traits<S8> {
+  using Sum = int;
+  static constexpr int kXBytes = 1, kSteps = 2, kWords = 4;
+  static constexpr bool kGroups = false, kOffset = true;
+};
+template <>
+struct Traits<E4m3> {
+  using Sum = float;
+  static constexpr int kXBytes = 1, kSteps = 2, kWords = 4;
+  static constexpr bool kGroups = false, kOffset = false;
 };
 
 // Words of the lane in step `step` of all tiles' steps. kOnce: nobody else of the multiprocessor reads them.
@@ -108,6 +111,31 @@ template <class In>
 __device__ __forceinline__ uint4 operand_a(In in, W4, const unsigned (&words)[2], int h) {
   return make_uint4(pair_of_half_bytes(in, words[h], 0), pair_of_half_bytes(in, words[h], 1),
                     pair_of_half_bytes(in, words[h], 2), pair_of_half_bytes(in, words[h], 3));
+}
+
+// Operand A of a whole step for products in 8 bits. Of the 16 groups of four columns a lane has those of two tiles, t,
+// t + 4, t + 8 and t + 12; there they must be 2 t, 2 t + 1, 2 t + 8 and 2 t + 9, so these are the places of x's groups, too:
+// `in_8_bits`.
+template <class T>
+__device__ __forceinline__ uint4 operand_of_step(T, const unsigned (&words)[4]) {
+  constexpr unsigned kSign = Traits<T>::kOffset ? 0x80808080 : 0;
+  return make_uint4(bytes_of(words[0], words[1], 0x5410) ^ kSign, bytes_of(words[0], words[1], 0x7632) ^ kSign,
+                    bytes_of(words[2], words[3], 0x5410) ^ kSign, bytes_of(words[2], words[3], 0x7632) ^ kSign);
+}
+
+// Its metadata: lane q of four has that of groups 4 q to 4 q + 3 in rows g and g + 8, and shall have that of half a step,
+// the groups in their new order, in row g (even lanes) or g + 8.
+__device__ __forceinline__ unsigned metadata_of_step(unsigned e, int lane) {
+  const unsigned other = of_neighbour(e);
+  const unsigned halves = lane % 2 == 0 ? bytes_of(e, other, 0x5140) : bytes_of(other, e, 0x7362);
+  const unsigned swapped = (halves ^ halves >> 4) & 0x00f000f0;  // the inner two of four half bytes
+  return halves ^ swapped ^ swapped << 4;
+}
+
+// Where column k of x, a multiple of four, stands among those of its row for products in 8 bits.
+__device__ __forceinline__ int in_8_bits(int k) {
+  const int group = k / 4 % 8;
+  return k - 4 * group + 4 * (2 * (group % 4) + group / 4);
 }
 
 // Two 16-bit floats times a scale.
