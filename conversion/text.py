@@ -166,7 +166,8 @@ def open_sources(entry: str) -> list[Source]:
         return [_file_source(file) for file in files]
     if path.is_file():
         return [_file_source(path)]
-    if path.suffix in SUFFIXES or path.is_absolute() or entry.startswith("."):
+    no_dataset = entry.partition(":")[0].count("/") > 1 or entry.startswith(".")
+    if path.suffix in SUFFIXES or path.is_absolute() or no_dataset:
         raise InputError(f"{path} does not exist")
     return [_HubDataset(entry)]
 

@@ -51,6 +51,6 @@ def ready_line(listener: socket.socket, model: ServedModel) -> str:
     info = model.engine.info
     return (
         f"ready: http://{f'[{host}]' if ':' in host else host}:{port}/v1 serves {model.name}: "
-        f"{info.pattern} {info.value_dtype}, {info.sparse_layers} sparse layers ({info.kernel} kernel), "
+        f"{info.pattern} {info.value_dtype}, {info.sparse_layers} sparse linears, fused ({info.kernel} kernel), "
         f"{info.weight_bytes / 1e6:.0f} MB of weights, context {info.context_length}"
     )

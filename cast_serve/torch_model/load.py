@@ -70,10 +70,17 @@ def load(
     if checkpoint.embedding is not None:
         _pack_embedding(model, checkpoint, checkpoint.embedding, device, float_activations)
     torch.nn.Module.to(model, device)  # what is packed is there already
-    if (directory / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(directory)
+    if (settings := directory / "generation_config.json").is_file():
+        model.generation_config = _generation_config(settings)
     model.config.name_or_path = str(model_dir)
     return model.requires_grad_(False)
+
+
+def _generation_config(path: Path) -> GenerationConfig:
+    try:
+        return GenerationConfig.from_pretrained(path.parent)
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{path} cannot be used ({error}): mend or delete it") from None
 
 
 def _device(name: str | torch.device) -> torch.device:

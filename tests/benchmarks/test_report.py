@@ -88,7 +88,7 @@ def test_page_shows_the_numbers_and_loads_nothing(tmp_path: Path) -> None:
     curve.write_bytes(PNG)
     page = render(result(), quality(tmp_path), curve)
     text = re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", re.sub(r"<style.*?</style>", "", page, flags=re.DOTALL)))
-    for expected in ("2.00× 2.00–2.00", "510.0 → 310.0 MB", "27.50", "1.38×", "210 sparse layers", "Test CPU"):
+    for expected in ("2.00× 2.00–2.00", "510.0 → 310.0 MB", "27.50", "1.38×", "210 sparse linears", "Test CPU"):
         assert expected in text
     assert "Sparse loses here: tokens/s at 4 (0.50×)" in text
     assert page.count("<svg") == 6

@@ -1,5 +1,6 @@
 """`cast_serve.load`: packed checkpoints as transformers models."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -145,7 +146,10 @@ def test_what_cannot_be_loaded_is_refused_in_one_sentence(tmp_path: Path) -> Non
     directory = packed(tmp_path, "llama")
     export(directory, tmp_path / "onnx")
     save_packed(tmp_path / "model", tmp_path / "fp8", quantization=Quantization(FP8, None))
+    shutil.copytree(directory, tmp_path / "settings")
+    (tmp_path / "settings" / "generation_config.json").write_text("{")
     for folder, options, message in [
+        (tmp_path / "settings", {}, r"generation_config\.json cannot be used .*: mend or delete it"),
         (tmp_path / "model", {}, "is not packed: pack it with 'cast convert"),
         (tmp_path / "onnx", {}, "give the packed checkpoint it was made from"),
         (tmp_path / "fp8", {}, "float8_e4m3fn values, for which the CPU has no kernel"),

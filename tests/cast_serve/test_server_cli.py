@@ -61,7 +61,7 @@ def refusal(*arguments: str) -> str:
 def test_packed_directory_is_converted_once_served_and_stopped(packed: Path) -> None:
     with serving(str(packed), "--port", "0", "--max-batch-size", "2") as (process, line):
         assert line.startswith("ready: http://127.0.0.1:"), process.communicate()
-        assert f"2:4 float32, {SPARSE_LINEARS} sparse layers" in line
+        assert f"2:4 float32, {SPARSE_LINEARS} sparse linears" in line
         url = line.split()[1]
         model = httpx.get(f"{url}/models").json()["data"][0]
         assert (model["id"], model["cast24"]["sparse_layers"]) == ("tiny-packed", SPARSE_LINEARS)

@@ -110,6 +110,11 @@ def test_blocks_cover_the_corpus_once_per_pass_in_an_order_of_the_seed(tmp_path:
     assert any(not np.array_equal(other[i]["input_ids"], blocks[i]["input_ids"]) for i in range(10))
 
 
+def test_a_missing_path_is_not_looked_for_on_the_hub() -> None:
+    with pytest.raises(InputError, match="texts/of/mine does not exist"):
+        load_tokens(["texts/of/mine"], tokenizer(), Path("cache"), progress=False)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
