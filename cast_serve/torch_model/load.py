@@ -1,5 +1,6 @@
 """`cast_serve.load`: a packed checkpoint for `model.generate(...)` and pipelines."""
 
+import warnings
 from pathlib import Path
 
 import torch
@@ -8,6 +9,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from cast_serve.torch_model.gpu_linear import QUANTIZED, SPARSE
 from cast_serve.torch_model.modules import PackedLinear, QuantizedEmbedding, QuantizedLinear, SparseLinear
 from cast_serve.torch_model.quantizer import PackedConfig
+from cast_serve.torch_model.widening import has_kernel, widened
 from conversion.checkpoint import widest
 from conversion.dense_model import dense_config, model_of
 from conversion.errors import InputError
@@ -15,7 +17,7 @@ from conversion.families import LM_HEAD, place_in_blocks
 from conversion.hub import local_model
 from conversion.model_config import read_config
 from conversion.packed_checkpoint import PackedCheckpoint, is_packed
-from conversion.quantization.formats import FP8, Quantization
+from conversion.quantization.formats import Quantization
 
 _DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.bfloat16, torch.float16)}
 """Of activations; the first is the default."""
@@ -31,8 +33,9 @@ def load(
     """Return the causal language model of a packed checkpoint for inference, on the CPU or an NVIDIA GPU.
 
     Sparse linears, and a quantized embedding, hold their weight once, in the kernels' layout (on the CPU float16 values
-    as float32, on a GPU float32 values as bfloat16); a dense copy is never made. Everything else is as
-    `from_pretrained` has it. The model cannot be trained, saved or moved to another device or dtype.
+    as float32, on a GPU float32 values as bfloat16); a dense copy is never made. Quantized values that the device has
+    no kernel for become floats of `dtype`, with a warning. Everything else is as `from_pretrained` has it. The model
+    cannot be trained, saved or moved to another device or dtype.
 
     Args:
         model_dir: packed checkpoint (`cast convert`), or its hub id.
@@ -44,11 +47,11 @@ def load(
         float_activations: multiply quantized weights by activations as they are, instead of rounded to 8 bits.
 
     Raises:
-        InputError: not a packed checkpoint, a damaged one, no such device, or values that it has no kernel for.
+        InputError: not a packed checkpoint, a damaged one, or no such device.
     """
     device = _device(device)
     directory = local_model(model_dir)
-    checkpoint = _open(directory, device)
+    checkpoint = _open(directory)
     if float_activations and checkpoint.quantization is None and checkpoint.embedding is None:
         raise InputError(f"the weights of {directory} are not quantized: leave float_activations out")
     packed = {*checkpoint.scope, *(f"{layer}.weight" for layer in checkpoint.quantized_embeddings)}
@@ -61,12 +64,14 @@ def load(
         known = " or ".join(map(str, dtypes))
         raise InputError(f"the kernels of a {device.type} device take activations in {known}, not {dtype}")
     layers = {place_in_blocks(checkpoint.family, layer): layer for layer in checkpoint.sparse_layers}
+    if (quantization := checkpoint.quantization) is not None and not has_kernel(quantization, device.type):
+        _warn_of_widening(directory, quantization, device, dtype)
     config = PackedConfig(list(layers), _kind(checkpoint, device), checkpoint.embedding is not None)
     model = model_of(checkpoint, {name: checkpoint.tensor(name) for name in dense}, dtype, config)
     for name, module in model.named_modules():
         if (layer := layers.get(place_in_blocks(checkpoint.family, name))) is not None:
             assert isinstance(module, PackedLinear)
-            _pack(module, checkpoint, layer, device, float_activations)
+            _pack(module, checkpoint, layer, device, dtype, float_activations)
     if checkpoint.embedding is not None:
         _pack_embedding(model, checkpoint, checkpoint.embedding, device, float_activations)
     torch.nn.Module.to(model, device)  # what is packed is there already
@@ -95,11 +100,23 @@ def _device(name: str | torch.device) -> torch.device:
     return device
 
 
+def _warn_of_widening(directory: Path, quantization: Quantization, device: torch.device, dtype: torch.dtype) -> None:
+    group = "" if quantization.group_size is None else f" in groups of {quantization.group_size}"
+    warnings.warn(
+        f"{directory} holds {quantization.values.name} values{group}, for which a {device.type} device has no kernel: "
+        f"they become {dtype}, with more memory and less speed",
+        stacklevel=3,
+    )
+
+
 def _kind(checkpoint: PackedCheckpoint, device: torch.device) -> type[PackedLinear]:
-    return (SPARSE if checkpoint.quantization is None else QUANTIZED)[device.type]
+    quantization = checkpoint.quantization
+    if quantization is None or not has_kernel(quantization, device.type):
+        return SPARSE[device.type]
+    return QUANTIZED[device.type]
 
 
-def _open(directory: Path, device: torch.device) -> PackedCheckpoint:
+def _open(directory: Path) -> PackedCheckpoint:
     if (directory / "cast_onnx.json").is_file():
         raise InputError(f"{directory} is for the ONNX Runtime engine: give the packed checkpoint it was made from")
     if not is_packed(read_config(directory)):
@@ -107,28 +124,28 @@ def _open(directory: Path, device: torch.device) -> PackedCheckpoint:
             f"{directory} is not packed: pack it with 'cast convert {directory} OUT', after 'cast train' if it is not "
             "2:4 yet, and load OUT"
         )
-    checkpoint = PackedCheckpoint(directory)
-    if device.type == "cpu" and checkpoint.quantization is not None and checkpoint.quantization.values is FP8:
-        raise InputError(
-            f"{directory} holds {FP8.name} values, for which the CPU has no kernel: convert its source with "
-            "--quantize int8, int4 or not at all"
-        )
-    return checkpoint
+    return PackedCheckpoint(directory)
 
 
 def _pack(
-    module: PackedLinear, checkpoint: PackedCheckpoint, layer: str, device: torch.device, float_activations: bool
+    module: PackedLinear,
+    checkpoint: PackedCheckpoint,
+    layer: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    float_activations: bool,
 ) -> None:
     _check_shape(checkpoint, layer, checkpoint.linear_shape(layer), (module.out_features, module.in_features))
     values, bitmask = (part.to(device) for part in checkpoint.packed(layer))
+    quantization, scale = checkpoint.quantization, checkpoint.scale(layer)
     if isinstance(module, SparseLinear):
+        if quantization is not None and scale is not None:
+            values = widened(values, scale.to(device), quantization, module.in_features, dtype)
         module.pack(values, bitmask)
     elif isinstance(module, QuantizedLinear):
-        scale = checkpoint.scale(layer)
         assert scale is not None
-        assert checkpoint.quantization is not None
-        group_size = checkpoint.quantization.group_size
-        module.pack(values, bitmask, scale.to(device), group_size, float_activations=float_activations)
+        assert quantization is not None
+        module.pack(values, bitmask, scale.to(device), quantization.group_size, float_activations=float_activations)
 
 
 def _pack_embedding(

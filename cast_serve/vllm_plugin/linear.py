@@ -9,10 +9,11 @@ from vllm.model_executor.parameter import BasevLLMParameter, ChannelQuantScalePa
 from cast_serve.kernels import isa
 from cast_serve.torch_model.gpu_linear import QUANTIZED, SPARSE
 from cast_serve.torch_model.modules import PackedLinear, SparseLinear
+from cast_serve.torch_model.widening import has_kernel, widened
 from cast_serve.vllm_plugin.parameters import check_loaded, counting
 from conversion.errors import InputError
 from conversion.packed import BITMASK_SUFFIX, SCALE_SUFFIX, VALUES_SUFFIX
-from conversion.quantization.formats import FP8, Quantization, check_scale, check_values, decode
+from conversion.quantization.formats import Quantization, check_scale, check_values
 
 if TYPE_CHECKING:
     from cast_serve.vllm_plugin.config import Cast24Config
@@ -109,16 +110,12 @@ class SparseLinearMethod(LinearMethodBase):
             assert weight_scale is not None
             check_values(weight_values, quantization.values)
             check_scale(weight_scale)
-            unit = {"cpu": 1, "cuda": 64}[device]  # columns that the kernel takes at once
-            if (device == "cuda" or quantization.values is not FP8) and (quantization.group_size or 0) % unit == 0:
+            if has_kernel(quantization, device):
                 quantized = QUANTIZED[device](self.columns, self.rows, bias=False)
                 group_size, floats = quantization.group_size, self.config.float_activations
                 quantized.pack(weight_values, weight_bitmask, weight_scale, group_size, float_activations=floats)
                 return quantized
-            # On CPUs there is no kernel for 8-bit floats, on GPUs none for groups of 32. A group of 4 columns, of which
-            # 2 are kept, shares its scale.
-            scales = quantization.spread(weight_scale, self.columns)[:, ::2]
-            weight_values = (decode(weight_values, quantization.values) * scales).to(self.dtype)
+            weight_values = widened(weight_values, weight_scale, quantization, self.columns, self.dtype)
         linear = SPARSE[device](self.columns, self.rows, bias=False)
         linear.pack(weight_values, weight_bitmask)
         return linear
