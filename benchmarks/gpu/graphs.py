@@ -9,7 +9,7 @@ from torch import Tensor
 
 from benchmarks.gpu.kernel_checks import DTYPE
 from cast_serve.kernels.cuda import cusparselt, torch_ops
-from cast_serve.kernels.cuda.measurement import Gpu, Layer
+from cast_serve.kernels.cuda.measurement import Gpu, Layer, QuantizedLayer
 from cast_serve.kernels.cuda.random_weights import Weight
 from cast_serve.kernels.cuda.small_m import plan
 from cast_serve.kernels.cuda.timing import captured
@@ -62,9 +62,9 @@ def in_graph(layer: Operator, M: int) -> Found:
     return {"method": choice.method, "ok": all(same)}
 
 
-def method_in_graph(machine: Gpu, method: str) -> Found:
+def method_in_graph(make: Callable[[], Layer | QuantizedLayer], method: str) -> Found:
     """One way to compute a layer, whatever the operator would choose."""
-    call = Layer(N, K, machine).candidates(64)[method].calls[0]
+    call = make().candidates(64)[method].calls[0]
     expected: Any = call()
     replay, y = capture(call)
     same = []
@@ -121,7 +121,7 @@ def graphs(machine: Gpu) -> Found:
         f"graph, M = {M}": partial(in_graph, layer, M) for M in (1, 16, 64, 300, 1024)
     }
     methods = ("small_m", "tiled", "expanded", *(["cusparselt"] if machine.has_cusparselt else []))
-    tests |= {f"graph, {method}": partial(method_in_graph, machine, method) for method in methods}
+    tests |= {f"graph, {method}": partial(method_in_graph, partial(Layer, N, K, machine), method) for method in methods}
     tests |= {"streams": partial(on_streams, layer), "torch.compile": partial(compiled, layer)}
     if machine.capability >= (9, 0):
         tests["overlapping"] = partial(overlapping, machine)

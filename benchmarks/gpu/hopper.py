@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu import quantized
+from benchmarks.gpu import graphs, quantized
 from benchmarks.gpu.graphs import method_in_graph
 from benchmarks.gpu.kernel_checks import DTYPE, Checks, same_again, warpgroup_kinds
 from benchmarks.gpu.timed import timed
 from cast_serve.kernels.cuda import warpgroup
 from cast_serve.kernels.cuda.linear import TYPES
-from cast_serve.kernels.cuda.measurement import Gpu, Layer
-from conversion.quantization.formats import FP8, INT8
+from cast_serve.kernels.cuda.measurement import Gpu, Layer, QuantizedLayer
+from conversion.quantization.formats import FP8, INT8, Quantization
 
 Record = dict[str, Any]
 
@@ -28,7 +28,12 @@ def checks(machine: Gpu, shapes: list[tuple[int, int, int]]) -> Record:
     again = partial(same_again, machine, partial(machine.tiled, planner=warpgroup.plan), 300)
     found.attempt("same bits again", lambda: {"same": again()}, lambda each: each["same"])
     if machine.device.type == "cuda":
-        found.attempt("graph", partial(method_in_graph, machine, "warpgroup"), lambda each: each["ok"])
+        in_8_bits = partial(QuantizedLayer, graphs.N, graphs.K, machine, Quantization(FP8, None))
+        for make, method in (
+            (partial(Layer, graphs.N, graphs.K, machine), "warpgroup"),
+            (in_8_bits, "warpgroup_8_bit"),
+        ):
+            found.attempt(f"graph, {method}", partial(method_in_graph, make, method), lambda each: each["ok"])
     return found.result()
 
 

@@ -69,7 +69,7 @@ def dense_fp8(machine: Gpu, N: int, K: int, x: list[Tensor]) -> Candidate:
     device, one = machine.device, torch.ones((), device=machine.device)
     inputs = cycle([each.to(torch.float8_e4m3fn) for each in x])
     weights = [torch.randn(N, K, device=device).to(torch.float8_e4m3fn).t() for _ in range(machine.copies(N * K))]
-    multiply = partial(torch._scaled_mm, scale_a=one, scale_b=one, out_dtype=torch.bfloat16)
+    multiply = partial(torch._scaled_mm, scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True)
     calls: list[Call] = [partial(multiply, next(inputs), weight) for weight in weights]
     return Candidate(calls, N * K)
 

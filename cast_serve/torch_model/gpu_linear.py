@@ -6,12 +6,12 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from cast_serve.kernels.cuda import cusparselt, linear
+from cast_serve.kernels.cuda import cusparselt, linear, torch_ops, weight_only
 from cast_serve.torch_model.modules import QuantizedLinear, SparseLinear
 from conversion.errors import InputError
 
 SparseMemory = Literal["low", "fast"]
-"""low: one copy of the weight, 9/16 of a dense one; many rows of x meet a dense weight that is made for the call.
+"""low: one copy of the weight, 9/16 of a dense one; many rows of x meet it by the product that is the fastest.
 fast: also cuSPARSELt's copy, as large again, for many rows of x; quantized weights meet those rounded to 8 bits."""
 
 
@@ -75,15 +75,16 @@ class GpuQuantizedLinear(QuantizedLinear):
         """
         super().pack(values, bitmask, scale, group_size, float_activations=float_activations)
         compressed = None
-        if (
-            sparse_memory() == "fast"
-            and not float_activations
-            and bitmask is not None
-            and cusparselt.available()
-            and cusparselt.takes(values.dtype, group_size, self.out_features, self.in_features)
-        ):
-            linear.prepare(linear.TYPES[values.dtype, torch.bfloat16], values.device)
-            compressed = cusparselt.compress_codes(values, bitmask)
+        sizes = self.out_features, self.in_features
+        if bitmask is not None and not float_activations:
+            if (
+                sparse_memory() == "fast"
+                and cusparselt.available()
+                and cusparselt.takes(values.dtype, group_size, *sizes)
+            ):
+                compressed = cusparselt.compress_codes(values, bitmask)
+            if compressed is not None or torch_ops.rounds(self.panels, *sizes, self.bits, self.group_size):
+                weight_only.prepare_products_in_8_bits(values.dtype, values.device)
         self.register_buffer("compressed", compressed, persistent=False)
 
     def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:

@@ -37,7 +37,7 @@ CASES += [
 
 @pytest.mark.parametrize(("weight", "architecture"), CASES)
 def test_kernels_fit_their_registers(weight: str, architecture: str) -> None:
-    types = Types(weight, "Fp16" if weight in ("Fp16", "W4") else "Bf16")
+    types = Types(weight, "Fp16" if weight in ("Fp16", "W4", "E4m3") else "Bf16")
     hopper = architecture == "sm_90a"
     compiled = nvrtc.compile_source(source(types, hopper=hopper), architecture)
     report = re.findall(

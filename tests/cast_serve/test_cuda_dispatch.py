@@ -166,7 +166,7 @@ def test_x_is_rounded_where_that_was_measured_to_be_fastest(
     emulation: Emulation, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
     known = (40, 200, "int8")
-    measured = points(64, 256, small_m=[1.0, 2.0], tiled=[3.0, 1.5], **{method: [2.0, 1.0]})
+    measured = points(64, 256, small_m=[1.0, 2.0], tiled=[3.0, 1.5], cusparselt=[5.0, 1.2], **{method: [2.0, 1.0]})
     table = Table({known: measured}, crossover.DEVICES["H100"])
     gpu = Gpu(emulation, table, monkeypatch)
     layer, x, bias = random_layer(40, 200, torch.float32), torch.randn(2, 50, 200).bfloat16(), torch.randn(40)
@@ -181,6 +181,7 @@ def test_x_is_rounded_where_that_was_measured_to_be_fastest(
     assert gpu.launched[0] == "quantize_rows"
     assert gpu.launched[1].startswith(method.removesuffix("_8_bit"))
     assert [name.split("_")[0] for name in gpu.launched[2:]] == ["tiled", "tiled"]
+    assert len(torch_ops.linear_quantized_cuda(x[:0], packed, None, 40, 8, 0)) == 0
     few = torch_ops.linear_quantized(x[:, :3], packed, 40, 8, True, 0)
     assert gpu.launched[-1].startswith("small_m")
     torch.testing.assert_close(few.double(), expected[:, :3] - bias.double(), rtol=2e-2, atol=0.1)
@@ -233,7 +234,16 @@ def test_operators_are_registered_for_gpus() -> None:
         x = torch.empty(2, 5, 64, dtype=torch.bfloat16, device="cuda")
         fragments = torch.empty(1, 2, 32, 8, dtype=torch.bfloat16, device="cuda")
         metadata = torch.empty(1, 1, 32, dtype=torch.uint32, device="cuda")
-        for y in (ops.linear_packed(x, fragments, metadata, 16), ops.linear_cuda(x, fragments, metadata, None, 16)):
+        quantized = ops.linear_quantized_cuda(x, torch.empty(16 * 64, device="cuda"), None, 16, 8, 0, True)
+        packed = ops.linear_packed(x, fragments, metadata, 16), ops.linear_cuda(x, fragments, metadata, None, 16)
+        for y in (*packed, quantized):
             assert (y.shape, y.dtype, y.device.type) == ((2, 5, 16), x.dtype, "cuda")
-    for name in ("linear", "linear_packed", "linear_quantized", "linear_cuda", "quantized_rows"):
+    for name in (
+        "linear",
+        "linear_packed",
+        "linear_quantized",
+        "linear_cuda",
+        "linear_quantized_cuda",
+        "quantized_rows",
+    ):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"cast24::{name}", "CUDA")

@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from cast_serve.kernels.cuda import cusparselt, torch_ops
+from cast_serve.kernels.cuda import cusparselt, torch_ops, weight_only
+from cast_serve.kernels.cuda.crossover import DEVICES, Point, Table
 from cast_serve.torch_model import modules
 from cast_serve.torch_model.gpu_linear import GpuQuantizedLinear, GpuSparseLinear
 from conversion.errors import InputError
@@ -98,6 +99,29 @@ def test_where_there_is_no_second_copy(
     module.pack(stored, layer.bitmask, scale, group_size, float_activations=float_activations)
     assert module.compressed is None
     assert compressed == []
+
+
+@pytest.mark.parametrize("float_activations", [False, True])
+def test_x_is_rounded_unless_float_activations_are_asked_for(
+    monkeypatch: pytest.MonkeyPatch, float_activations: bool
+) -> None:
+    """Once a kernel that does so was measured to be the fastest; it is loaded with the weight."""
+    prepared: list[Any] = []
+    seconds = {"small_m": 2.0, "warpgroup_8_bit": 1.0}
+    table = Table({(64, 96, "int8"): [Point(64, seconds)]}, DEVICES["H100"])
+    monkeypatch.setattr(torch_ops, "table", lambda _: table)
+    monkeypatch.setattr(modules, "prepack_quantized", torch_ops.prepack_quantized)
+    monkeypatch.setattr(weight_only, "prepare_products_in_8_bits", lambda dtype, _: prepared.append(dtype))
+    layer, scale = random_layer(64, 96, torch.float32), torch.rand(64, 1) + 0.5
+    stored = encode((layer.values * 20).round(), INT8)
+    dense = dequantize(stored, layer.bitmask, scale, Quantization(INT8, None))
+    module = GpuQuantizedLinear(96, 64, bias=False)
+    module.pack(stored, layer.bitmask, scale, None, float_activations=float_activations)
+    assert prepared == ([] if float_activations else [torch.int8])
+    x = torch.randn(70, 96).bfloat16()
+    error = (module(x).double() - x.double() @ dense.double().T).abs()
+    relative = (error / (x.double().abs() @ dense.double().abs().T)).max()
+    assert relative < 0.004 if float_activations else 0.004 < relative < 0.04
 
 
 def test_another_word_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

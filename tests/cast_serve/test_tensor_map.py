@@ -35,16 +35,18 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
 
 def test_rows_of_boxes_are_swizzled_and_zeros_are_outside(driver: Driver) -> None:
     for _ in range(2):
-        assert bytes(encoded(TensorMap(4096, 72, 130, 192, 64, 32))) == bytes([7]) * 128
+        assert bytes(encoded(TensorMap(4096, 2, 72, 130, 192, 64, 32))) == bytes([7]) * 128
     # 16-bit integers, 2 axes: columns and rows, bytes from row to row, the box; not interleaved, swizzled by 128 bytes
     (asked,) = driver.asked
     assert asked == (1, 2, 4096, (72, 130), (192,), (64, 32), (1, 1), 0, 3, 3, 0)
+    encoded(TensorMap(4096, 1, 128, 130, 192, 128, 32))
+    assert driver.asked[1] == (0, 2, 4096, (128, 130), (192,), (128, 32), (1, 1), 0, 3, 3, 0)  # bytes
 
 
 def test_what_the_driver_refuses_is_an_error(driver: Driver) -> None:
     driver._error = 1
     with pytest.raises(RuntimeError, match="answered 1 to a tensor map of 130 x 72, 190 apart"):
-        encoded(TensorMap(4096, 72, 130, 190, 64, 32))
+        encoded(TensorMap(4096, 2, 72, 130, 190, 64, 32))
 
 
 def test_the_kernels_argument_is_as_large_as_the_compiler_makes_it() -> None:

@@ -16,7 +16,8 @@ def tune(
     """Measure on this GPU which 2:4 product is the fastest for every layer of DIR and number of rows.
 
     What is measured is kept for this device and these versions of driver, torch and cuSPARSELt; the operators choose
-    by it from then on. Untuned layers go by a model of the device.
+    by it from then on. Untuned layers go by a model of the device. int8 and fp8 weights with one scale a row then meet
+    many rows of x rounded to 8 bits where that is the fastest.
     """
     import torch
 

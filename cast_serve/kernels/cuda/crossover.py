@@ -26,14 +26,14 @@ Method = Literal["small_m", "tiled", "warpgroup", "expanded", "cusparselt", "til
 dense for the call; cuSPARSELt on its own copy; the kernels for many rows again, x rounded to 8 bits."""
 METHODS: tuple[Method, ...] = get_args(Method)
 _MODELLED: tuple[Method, ...] = ("small_m", "tiled", "expanded", "cusparselt")
-"""Chosen where nothing was measured. Not the kernel for Hopper: no GPU has confirmed its model yet; and nobody's x is
-rounded on a model's word."""
+"""Chosen where nothing was measured. Not the kernel for Hopper: no GPU has confirmed its model yet; nor those that
+round x, but on cuSPARSELt's copy, which is made for that."""
 DENSE = "dense"
 """In tables also: cuBLAS on a dense weight, to compare with."""
 
 Layer = tuple[int, int, str]
 """out_features, columns, and values as `values_name` says them."""
-_VERSION = 5  # of the file that a table is kept in
+_VERSION = 6  # of the file that a table is kept in
 _KERNEL_TYPES = {"int8": "W8", "float8_e4m3fn": "F8", "int4": "W4"}
 _BITS = {"bfloat16": 16, "float16": 16} | {name: values.bits for name, values in FORMATS.items()}
 

@@ -83,7 +83,8 @@ def packed_linear(
             not be one that writes the weight.
 
     Returns:
-        [M, out_features], sums in float32 or int32. Nothing waits for the GPU; memory comes from torch's allocator.
+        [M, out_features], sums in float32 or int32, of 8-bit floats with the 13 bits that their products are added up
+        with on GPUs before Blackwell. Nothing waits for the GPU; memory comes from torch's allocator.
     """
     M, K = x.shape
     y = x.new_empty(M, out_features, dtype=dtype or x.dtype)

@@ -218,11 +218,11 @@ class QuantizedLayer:
 
 
 def methods_in_8_bits(machine: Gpu, quantization: Quantization) -> list[Method]:
-    """The kernels that multiply such a weight by x rounded to its type."""
+    """The kernels that multiply such a weight by x rounded to its type; mma.sp of 8-bit floats not all GPUs have."""
     if quantization.values.bits != 8 or quantization.group_size is not None:
         return []
     found: list[Method] = ["warpgroup_8_bit"] if machine.is_hopper else []
-    if quantization.values is INT8 or (machine.capability >= (8, 9) and not machine.is_hopper):
+    if quantization.values is INT8 or machine.capability == (8, 9) or machine.capability[0] == 12:
         found.append("tiled_8_bit")
     return found
 

@@ -82,11 +82,12 @@ def prepack_quantized(
     bits = 4 if values.dtype == torch.uint8 else 8
     if bitmask is None:
         return dense_quantized.pack(values, scale, group_size), bits, group_size or 0
-    packed = weight_only.pack(values, bitmask, scale, group_size)
-    layer = _layer(packed, values.shape[0], bitmask.shape[1] * 8, bits, group_size or 0)
-    if packed.is_cuda and table(packed.device.index).rounds(layer):
-        weight_only.prepare_products_in_8_bits(values.dtype, packed.device)
-    return packed, bits, group_size or 0
+    return weight_only.pack(values, bitmask, scale, group_size), bits, group_size or 0
+
+
+def rounds(panels: Tensor, out_features: int, columns: int, bits: int, group_size: int) -> bool:
+    """Whether `linear_quantized_cuda` rounds x at some number of rows without cuSPARSELt, float activations apart."""
+    return table(panels.device.index).rounds(_layer(panels, out_features, columns, bits, group_size))
 
 
 def _layer(packed: Tensor, out_features: int, columns: int, bits: int, group_size: int) -> Layer:
@@ -139,7 +140,7 @@ def linear_quantized_cuda(
             scale = parts(panels, out_features, x.shape[-1], bits, None).scale.flatten()[:out_features]
             y = cusparselt.linear_rounding(rows, compressed, scale, bias, choice.algorithm)
         else:
-            method = "small_m" if choice.method == "cusparselt" else choice.method
+            method = "small_m" if choice.method == "cusparselt" or not len(rows) else choice.method
             y = weight_only_linear(rows, panels, out_features, bits, group_size or None, bias, method=method)
     return y.view(*x.shape[:-1], out_features).to(x.dtype)
 

@@ -69,8 +69,12 @@ def pack(values: Tensor, bitmask: Tensor, scale: Tensor, group_size: int | None)
 
 
 def prepare_products_in_8_bits(dtype: torch.dtype, device: torch.device) -> None:
-    """Load the kernels of `IN_8_BITS` for weights of this dtype and x of the default one."""
-    prepare(Types(TYPES[dtype, torch.bfloat16].weight, OUTPUTS.get(torch.get_default_dtype(), "Bf16")), device)
+    """Load what rounds x to this dtype, and the kernels of `IN_8_BITS`.
+
+    For x of both dtypes: a first call, which may be one that a graph captures, would else compile them.
+    """
+    for output in OUTPUTS:
+        prepare(TYPES[dtype, output], device)
 
 
 def packed_in_fragments(values: Tensor, bitmask: Tensor, scale: Tensor, group_size: int | None) -> Tensor:
@@ -164,14 +168,15 @@ def weight_only_linear(
     if method in IN_8_BITS:
         dtype = torch.float8_e4m3fn if floats else torch.int8
         rounded, x_scale = quantize_rows(x, dtype, for_products=True, launch=launch)
-        planned = IN_8_BITS[method](len(x), out_features, K, multiprocessors(x.device), TYPES[dtype, x.dtype])
+        if cut is None:
+            cut = IN_8_BITS[method](len(x), out_features, K, multiprocessors(x.device), TYPES[dtype, x.dtype])
         return packed_linear(
             *(rounded, fragments, metadata, out_features, bias),
             x_scale=x_scale,
             w_scale=scale,
             dtype=x.dtype,
             types=TYPES[dtype, x.dtype],
-            cut=cut or planned,
+            cut=cut,
             launch=launch,
         )
     types = _types(bits, floats, x.dtype)

@@ -14,7 +14,7 @@ from cast_serve.kernels.cuda.weight_only import WEIGHT_ONLY
 
 HERE = Path(__file__).parent
 ALL_TYPES = [Types(weight, weight) for weight in ("Bf16", "Fp16")]
-ALL_TYPES += [Types(weight, "Bf16") for weight in ("S8", "E4m3")]
+ALL_TYPES += [Types(weight, output) for weight in ("S8", "E4m3") for output in ("Bf16", "Fp16")]
 ALL_TYPES += WEIGHT_ONLY
 
 

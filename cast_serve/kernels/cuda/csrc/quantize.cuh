@@ -34,8 +34,8 @@ __device__ __forceinline__ void round_row(const QuantizeArguments& arg) {
     if (threadIdx.x < half) maxima[threadIdx.x] = larger(maxima[threadIdx.x], maxima[threadIdx.x + half]);
     __syncthreads();
   }
-  // a row of zeros keeps a scale that is finite
-  const float scale = maxima[0] > 0.0f ? maxima[0] / kLargest<T> : 1.0f, inverse = 1.0f / scale;
+  // a row of zeros, or of numbers so small that the inverse would be infinite, becomes zeros
+  const float scale = maxima[0] > 1e-30f ? maxima[0] / kLargest<T> : 1.0f, inverse = 1.0f / scale;
   if (threadIdx.x == 0) arg.scale[blockIdx.x] = scale;
   unsigned char* out = arg.quantized + blockIdx.x * arg.quantized_stride;
   const int end = arg.for_products ? (arg.K + 63) / 64 * 64 : arg.K;

@@ -41,16 +41,15 @@ __device__ __forceinline__ float bias_of(Out, const LinearArguments& arg, int n)
   return arg.bias && n < arg.N ? to_float(Out(), arg.bias[n]) : 0.0f;
 }
 
-// That a lane's two sums of 8 rows of x by 8 of the weight are multiplied by: the scale of the weight's row, and those of
-// the rows of x where it was rounded.
+// Scales of the two rows of 8 of x that a lane has sums of; 1 where x was not rounded.
 struct Scales {
   float low, high;
 };
-template <bool kOfX>
-__device__ __forceinline__ Scales scales_of(const LinearArguments& arg, int first_m, float of_weight, int lane) {
-  if constexpr (!kOfX) return {of_weight, of_weight};
+template <bool kRounded>
+__device__ __forceinline__ Scales scales_of(const LinearArguments& arg, int first_m, int lane) {
+  if constexpr (!kRounded) return {1.0f, 1.0f};
   const int m = first_m + 2 * (lane % 4);
-  return {of_weight * arg.x_scale[min(m, arg.M - 1)], of_weight * arg.x_scale[min(m + 1, arg.M - 1)]};
+  return {arg.x_scale[min(m, arg.M - 1)], arg.x_scale[min(m + 1, arg.M - 1)]};
 }
 
 // 8 rows of x by 8 rows of the weight: lane 4 g + t has row g of the weight and rows 2 t and 2 t + 1 of x. Transposed it has
@@ -183,6 +182,9 @@ __device__ __forceinline__ void tiled_linear(const LinearArguments& arg) {
       }
   }
 
+  Scales of_x[kColumnTiles];
+#pragma unroll
+  for (int c = 0; c < kColumnTiles; ++c) of_x[c] = scales_of<kIn8Bits>(arg, first_row + (column + c) * 8, lane);
 #pragma unroll
   for (int r = 0; r < kRowTiles; ++r)
 #pragma unroll
@@ -193,12 +195,9 @@ __device__ __forceinline__ void tiled_linear(const LinearArguments& arg) {
       if constexpr (kIn8Bits)
         if (first_tile + r < arg.row_tiles) scale = load(arg.w_scale + first_n + g);
 #pragma unroll
-      for (int c = 0; c < kColumnTiles; ++c) {
-        const int first_m = first_row + (column + c) * 8;
-        const Scales scales = scales_of<kIn8Bits>(arg, first_m, scale, lane);
-        store_8_by_8(Out(), arg, first_m, first_n, sum[r][c][2 * half] * scales.low + bias,
-                     sum[r][c][2 * half + 1] * scales.high + bias, lane);
-      }
+      for (int c = 0; c < kColumnTiles; ++c)
+        store_8_by_8(Out(), arg, first_row + (column + c) * 8, first_n, sum[r][c][2 * half] * (scale * of_x[c].low) + bias,
+                     sum[r][c][2 * half + 1] * (scale * of_x[c].high) + bias, lane);
     }
 }
 

@@ -134,19 +134,23 @@ __device__ __forceinline__ void warpgroup_linear(const WarpgroupArguments& all) 
     }
     wait_for_products<0>();
 
+    float bias[2], scale[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int first_n = tile * 16 + 8 * half;
-      const float bias = bias_of(Out(), arg, first_n + g);
-      float scale = 1.0f;
+      const int n = tile * 16 + 8 * half + g;
+      bias[half] = bias_of(Out(), arg, n);
+      scale[half] = 1.0f;
       if constexpr (kConverts)
-        if (arg.groups == 1 && tile < arg.row_tiles) scale = load(arg.w_scale + first_n + g);
+        if (arg.groups == 1 && tile < arg.row_tiles) scale[half] = load(arg.w_scale + n);
+    }
 #pragma unroll
-      for (int c = 0; c < kRows / 8; ++c) {
-        const Scales scales = scales_of<kIn8Bits>(arg, first_row + c * 8, scale, lane);
+    for (int c = 0; c < kRows / 8; ++c) {
+      const Scales of_x = scales_of<kIn8Bits>(arg, first_row + c * 8, lane);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
         const int at = 4 * c + 2 * half;
-        store_8_by_8(Out(), arg, first_row + c * 8, first_n, sum[at] * scales.low + bias, sum[at + 1] * scales.high + bias,
-                     lane);
+        store_8_by_8(Out(), arg, first_row + c * 8, tile * 16 + 8 * half, sum[at] * (scale[half] * of_x.low) + bias[half],
+                     sum[at + 1] * (scale[half] * of_x.high) + bias[half], lane);
       }
     }
   }
