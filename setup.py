@@ -31,6 +31,7 @@ FILE_FLAGS = {
         "avx2.cpp": ["-mavx2", "-mfma"],
         "avx512.cpp": [*AVX512, *AVX512_TUNING],
         "avx512bf16.cpp": [*AVX512, "-mavx512vbmi", "-mavx512bf16", *AVX512_TUNING],
+        "avx512wide.cpp": [*AVX512, *AVX512_TUNING],
         "avx512vnni.cpp": [*AVX512, "-mavx512vnni", "-mavx512vbmi", *AVX512_TUNING],
     },
     "aarch64": {"neondot.cpp": ["-march=armv8.2-a+dotprod"]},

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["ISAS", "isa", "library", "library_path", "prepack", "prepack_quantized", "set_isa"]
 
 ISAS = {
-    "x86_64": ("avx512bf16", "avx512vnni", "avx512", "avx2", "portable"),
+    "x86_64": ("avx512wide", "avx512bf16", "avx512vnni", "avx512", "avx2", "portable"),
     "aarch64": ("neondot", "neon", "portable"),
 }.get(platform.machine(), ("portable",))
 """Instruction sets that the kernels are written for on this kind of machine, best first."""

@@ -13,7 +13,7 @@ from cast_serve.engine.types import SamplingParams
 from tests.cast_serve.kernel_check.build import SANITIZE, build, setup_script
 from tests.cast_serve.tiny_llama import Tiny
 
-OWN_PATH = ("avx2.cpp", "avx512.cpp", "avx512bf16.cpp", "avx512vnni.cpp")
+OWN_PATH = ("avx2.cpp", "avx512.cpp", "avx512bf16.cpp", "avx512vnni.cpp", "avx512wide.cpp")
 """Files whose functions are called only after the CPU was asked; MARKED ones have such functions, marked by name."""
 
 MARKED = ("elementwise.cpp", "paged_attention.cpp")

@@ -76,6 +76,15 @@ def test_linear_matches_float64(isa: str, rows: int, columns: int, dtype: torch.
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("batch", "rows", "columns"), [(96, 33, 8), (128, 300, 2200), (230, 16, 4104), (1200, 40, 72)])
+def test_many_rows_match_float64(isa: str, batch: int, rows: int, columns: int, dtype: torch.dtype) -> None:
+    layer, x, bias = random_layer(rows, columns, dtype), torch.randn(batch, columns), torch.randn(rows)
+    seen = x.to(dtype) if isa == "avx512bf16" else x
+    y = call("cast24_linear", x, prepack(layer.values, layer.bitmask), bias, rows)
+    assert_close(y, seen, layer.dense, bias)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("columns", [*COLUMNS, 77])
 @pytest.mark.parametrize("rows", ROWS)
 def test_dense_linear_matches_float64(isa: str, rows: int, columns: int, dtype: torch.dtype) -> None:

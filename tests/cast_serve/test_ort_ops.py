@@ -185,7 +185,7 @@ def fused(x: np.ndarray, weight: np.ndarray, norm: np.ndarray, epsilon: float, r
     return (gate * np.exp(-np.logaddexp(0, -gate)) * other).reshape(*x.shape[:-1], -1) + residual
 
 
-@pytest.mark.parametrize("m", [1, 5, 70])
+@pytest.mark.parametrize("m", [1, 5, 70, 230])
 @pytest.mark.parametrize("op", ["Sparse24MatMul", "Sparse24MatMulNBits", "DenseNBits"])
 def test_steps_around_a_product_are_done_in_it(isa: str, op: str, m: int) -> None:
     rng = np.random.default_rng(m)

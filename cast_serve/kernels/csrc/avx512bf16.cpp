@@ -9,7 +9,6 @@
 namespace cast24 {
 namespace {
 
-constexpr int64_t kBlockColumns = 2048;  // as in tile.h: x and weights of a block stay in the caches
 constexpr int kRows = 8;
 
 // The columns of a word's slots, slot 0's in the low half of each lane and slot 1's in the high half: of groups 0 .. 3, then

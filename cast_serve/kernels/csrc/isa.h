@@ -12,6 +12,13 @@ constexpr int kTilePanels = 4;                        // most panels that one ti
 constexpr int kTileWidth = kTilePanels * kPanelRows;  // outputs per tile row
 constexpr int kDenseRows = 4;                         // weight rows that one dense call works on
 
+// Sums run over blocks of this many columns: an x block of a few rows and a weight block stay in the second-level cache.
+constexpr int64_t kBlockColumns = 2048;
+
+// Rows of x, and panels, that one call of ColumnKernels works on.
+constexpr int64_t kColumnRows = 128;
+constexpr int64_t kColumnPanels = 16;
+
 // How far ahead a kernel asks for weights that meet Rows rows of x, into the second-level cache (in the first, lines would
 // drive out x). Measured on Zen 4, reading 30 to 58 GB/s: with one or two rows the hardware's prefetcher follows the stream at
 // the full rate, and asking far ahead hinders it, by up to a third; with more rows it loses the stream and must be led.
@@ -39,10 +46,26 @@ struct PairKernels {
   void (*round_rows)(const float* x, int64_t rows, int64_t K, uint16_t* rounded);
 };
 
+// What multiplies 2:4 weights by many rows of x that lie column by column, each output's sum in the order of the tiles below.
+struct ColumnKernels {
+  // columns [K, kColumnRows] of x [rows, K], zeros for rows that it lacks.
+  void (*to_columns)(const float* x, int64_t rows, int64_t K, float* columns);
+
+  // sums [ceil(K / kBlockColumns), panels * kPanelRows, kColumnRows] of adjacent panels.
+  void (*multiply_f32)(const float* columns, int64_t K, const float* values, const uint32_t* indices, int panels,
+                       float* sums);
+  void (*multiply_bf16)(const float* columns, int64_t K, const uint16_t* values, const uint32_t* indices, int panels,
+                        float* sums);
+
+  // tile [rows, kTileWidth] += one block's sums [outputs, kColumnRows], whole panels.
+  void (*add_to_tile)(const float* sums, int64_t rows, int64_t outputs, float* tile);
+};
+
 struct Isa {
   const char* name;
   const QuantizedKernels* quantized;
-  const PairKernels* pairs;  // or nullptr
+  const PairKernels* pairs;      // or nullptr
+  const ColumnKernels* columns;  // or nullptr
 
   // tile [rows, kTileWidth] += x W^T for `panels` adjacent panels; `values` and `indices` point at the first one.
   void (*tile_f32)(const float* x, int64_t rows, int64_t K, const float* values, const uint32_t* indices, int panels,
@@ -65,6 +88,7 @@ extern const QuantizedKernels kQuantizedAvx2;
 extern const Isa kAvx512;
 extern const Isa kAvx512Vnni;
 extern const Isa kAvx512Bf16;
+extern const Isa kAvx512Wide;
 extern const PairKernels kPairsAvx512;
 extern const QuantizedKernels kQuantizedVnni;
 #elif defined(__aarch64__)

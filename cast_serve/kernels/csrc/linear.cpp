@@ -3,7 +3,9 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstdlib>
 #include <memory>
+#include <new>
 #include <type_traits>
 
 #include "cast24.h"
@@ -14,6 +16,14 @@
 
 namespace cast24 {
 namespace {
+
+// Uninitialized, and a vector never in two cache lines.
+template <class T>
+std::unique_ptr<T, decltype(&std::free)> cache_aligned(int64_t count) {
+  void* memory = std::aligned_alloc(64, (count * sizeof(T) + 63) / 64 * 64);
+  if (memory == nullptr) throw std::bad_alloc();
+  return {static_cast<T*>(memory), &std::free};
+}
 
 // Rows of x, and the same rounded to bf16 where the CPU multiplies pairs of bf16 weights by those.
 struct Rows {
@@ -52,6 +62,59 @@ void linear_tile(const Isa& isa, const Rows& x, const T* values, const uint32_t*
                    [&](float* tile) { x.multiply(isa, row, rows, values, indices, panels, tile); });
 }
 
+void multiply_columns(const ColumnKernels& kernels, const float* columns, int64_t K, const float* values,
+                      const uint32_t* indices, int panels, float* sums) {
+  kernels.multiply_f32(columns, K, values, indices, panels, sums);
+}
+void multiply_columns(const ColumnKernels& kernels, const float* columns, int64_t K, const uint16_t* values,
+                      const uint32_t* indices, int panels, float* sums) {
+  kernels.multiply_bf16(columns, K, values, indices, panels, sums);
+}
+
+constexpr int64_t kRowsAtOnce = 1024;  // of x, that lie column by column at a time
+
+// Of M rows of x, how many ColumnKernels take: whole blocks of them, and a last one that is nearly whole.
+int64_t rows_by_columns(const Isa& isa, int64_t M) {
+  if (isa.columns == nullptr) return 0;
+  const int64_t rest = M % kColumnRows;
+  return rest >= kColumnRows * 3 / 4 ? M : M - rest;
+}
+
+// Rows first to first + M - 1 of y.
+template <class T>
+void linear_by_columns(const ColumnKernels& kernels, const float* x, const T* values, const uint32_t* indices,
+                       const Output& output, int64_t first, int64_t M, int64_t K, cast24_parallel_for run, void* pool) {
+  x += first * K;
+  const int64_t N = output.N, panels = (N + kPanelRows - 1) / kPanelRows;
+  const int64_t panel_values = K / 2 * kPanelRows, panel_indices = (K / 4 + 7) / 8 * kPanelRows;
+  const int64_t blocks = (M + kColumnRows - 1) / kColumnRows, stacks = (panels + kColumnPanels - 1) / kColumnPanels;
+  const int64_t k_blocks = (K + kBlockColumns - 1) / kBlockColumns;
+  const auto columns = cache_aligned<float>(blocks * K * kColumnRows);
+  parallel_for(run, pool, blocks, M * K, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b)
+      kernels.to_columns(x + b * kColumnRows * K, std::min(M - b * kColumnRows, kColumnRows), K,
+                         columns.get() + b * K * kColumnRows);
+  });
+  parallel_for(run, pool, stacks * blocks, M * N * (K / 2), [&](int64_t begin, int64_t end) {
+    const auto sums = cache_aligned<float>(k_blocks * kColumnPanels * kPanelRows * kColumnRows);
+    for (int64_t unit = begin; unit < end; ++unit) {
+      const int64_t panel = unit / blocks * kColumnPanels, block = unit % blocks, row = block * kColumnRows;
+      const int64_t some = std::min(panels - panel, kColumnPanels);
+      multiply_columns(kernels, columns.get() + block * K * kColumnRows, K, values + panel * panel_values,
+                       indices + panel * panel_indices, static_cast<int>(some), sums.get());
+      for (int64_t m = 0; m < std::min(M - row, kColumnRows); m += kTileRows)
+        for (int64_t p = 0; p < some; p += kTilePanels) {
+          const int64_t rows = std::min(M - row - m, kTileRows);
+          const int64_t outputs = std::min<int64_t>(some - p, kTilePanels) * kPanelRows;
+          output.with_tile(first + row + m, rows, (panel + p) * kPanelRows, outputs, [&](float* tile) {
+            for (int64_t k = 0; k < k_blocks; ++k)
+              kernels.add_to_tile(sums.get() + ((k * some + p) * kPanelRows) * kColumnRows + m, rows, outputs, tile);
+          });
+        }
+    }
+  });
+}
+
 template <class T>
 void linear(const float* x, const T* values, const uint32_t* indices, const Output& output, int64_t M, int64_t K,
             cast24_parallel_for run, void* pool) {
@@ -61,11 +124,16 @@ void linear(const float* x, const T* values, const uint32_t* indices, const Outp
   // With few rows of x a panel is read straight through, with many several panels share x from the caches.
   const int64_t tile_panels = M > kTileRows ? kTilePanels : output.panels();
   const Inputs normed(x, output.fusion, M, K, run, pool);
+  const int64_t done = rows_by_columns(isa, M);
+  for (int64_t row = 0; row < done; row += kRowsAtOnce)
+    linear_by_columns(*isa.columns, normed.data(), values, indices, output, row, std::min(done - row, kRowsAtOnce), K, run,
+                      pool);
+  if (done == M) return;
   const Rows inputs = rows_of<T>(isa, normed.data(), M, K, run, pool);
-  const int64_t tiles = (panels + tile_panels - 1) / tile_panels, chunks = (M + kTileRows - 1) / kTileRows;
-  parallel_for(run, pool, tiles * chunks, M * N * (K / 2), [&](int64_t begin, int64_t end) {
+  const int64_t tiles = (panels + tile_panels - 1) / tile_panels, chunks = (M - done + kTileRows - 1) / kTileRows;
+  parallel_for(run, pool, tiles * chunks, (M - done) * N * (K / 2), [&](int64_t begin, int64_t end) {
     for (int64_t unit = begin; unit < end; ++unit) {
-      const int64_t panel = unit / chunks * tile_panels, row = unit % chunks * kTileRows;
+      const int64_t panel = unit / chunks * tile_panels, row = done + unit % chunks * kTileRows;
       linear_tile(isa, inputs, values + panel * panel_values, indices + panel * panel_indices,
                   static_cast<int>(std::min(panels - panel, tile_panels)), output, row, std::min(M - row, kTileRows),
                   panel * kPanelRows);

@@ -26,8 +26,6 @@
 namespace cast24 {
 namespace {
 
-// Sums run over blocks of this many columns: an x block of a few rows and a weight block stay in the second-level cache.
-constexpr int64_t kBlockColumns = 2048;
 constexpr int64_t kBlockGroups = kBlockColumns / 4;
 
 // One group's kept values, slot 0 and slot 1, for W rows of a panel starting at `lane`.
@@ -220,8 +218,9 @@ void dense(const float* x, int64_t M, int64_t K, const T* weight, const float* b
 }
 
 template <class S>
-constexpr Isa make_isa(const char* name, const QuantizedKernels* quantized, const PairKernels* pairs = nullptr) {
-  return {name, quantized, pairs, tile<S, float>, tile<S, uint16_t>, dense<S, float>, dense<S, uint16_t>};
+constexpr Isa make_isa(const char* name, const QuantizedKernels* quantized, const PairKernels* pairs = nullptr,
+                       const ColumnKernels* columns = nullptr) {
+  return {name, quantized, pairs, columns, tile<S, float>, tile<S, uint16_t>, dense<S, float>, dense<S, uint16_t>};
 }
 
 }  // namespace

@@ -164,6 +164,7 @@ constexpr int64_t kLargest = 65;  // rows of x: more than one tile
 std::vector<int64_t> batches(int64_t N, int64_t K) {
   if (N * K > 20000) return {1, 5, kLargest};
   std::vector<int64_t> all = {kLargest};
+  if (N * K <= 4000) all.push_back(230);  // more than a block of rows that lie column by column
   for (int64_t M = 1; M <= 17; ++M) all.push_back(M);
   return all;
 }
@@ -471,7 +472,7 @@ void check_all() {
 int main(int count, char** names) {
   require(cast24_set_isa("avx1024") == -1 && cast24_set_isa("") == -1 && cast24_set_isa(nullptr) == -1, "an unknown name is taken");
   std::vector<std::string> wanted(names + 1, names + count);
-  if (wanted.empty()) wanted = {"avx512bf16", "avx512vnni", "avx512", "avx2", "neondot", "neon", "portable"};
+  if (wanted.empty()) wanted = {"avx512wide", "avx512bf16", "avx512vnni", "avx512", "avx2", "neondot", "neon", "portable"};
   for (const std::string& isa : wanted) {
     if (cast24_set_isa(isa.c_str()) != 0) {
       std::printf("%s: not on this CPU\n", isa.c_str());
