@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -180,6 +181,15 @@ def test_the_environment_chooses_the_instruction_set() -> None:
     refused = in_new_process(show, CAST24_ISA="avx1024")
     assert refused.stdout.strip() == kernels.isa()
     assert "avx1024" in refused.stderr
+
+
+def test_intels_cpus_get_their_own_order_of_things() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "CAST24_ISA"}
+    show = [sys.executable, "-c", "from cast_serve import kernels; print(kernels.isa())"]
+    chosen = subprocess.run(show, env=environment, capture_output=True, text=True, check=True).stdout.strip()
+    about = Path("/proc/cpuinfo").read_text()
+    has_vnni = all(f" {flag} " in f"{about} " for flag in ("avx512f", "avx512_vnni", "avx512vbmi"))
+    assert (chosen == "avx512wide") == ("GenuineIntel" in about and has_vnni)
 
 
 def test_the_library_is_found_without_importing_torch() -> None:

@@ -164,7 +164,7 @@ constexpr int64_t kLargest = 65;  // rows of x: more than one tile
 std::vector<int64_t> batches(int64_t N, int64_t K) {
   if (N * K > 20000) return {1, 5, kLargest};
   std::vector<int64_t> all = {kLargest};
-  if (N * K <= 4000) all.push_back(230);  // more than a block of rows that lie column by column
+  if (N * K <= 1500) all.push_back(230);  // more than a block of rows that lie column by column
   for (int64_t M = 1; M <= 17; ++M) all.push_back(M);
   return all;
 }
