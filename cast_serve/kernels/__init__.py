@@ -23,7 +23,7 @@ ISAS = {
     "x86_64": ("avx512wide", "avx512bf16", "avx512vnni", "avx512", "avx2", "portable"),
     "aarch64": ("neondot", "neon", "portable"),
 }.get(platform.machine(), ("portable",))
-"""Instruction sets that the kernels are written for on this kind of machine, best first."""
+"""Instruction sets that the kernels are written for on this kind of machine, in order of preference."""
 
 
 def library_path() -> Path:

@@ -1,4 +1,4 @@
-// AVX-512 for CPUs with one shuffle unit of 512 bits for two multiply-adds and two loads of them (Intel's, since Skylake).
+// AVX-512 for CPUs with one shuffle unit of 512 bits for two multiply-adds and two loads of them (Intel's).
 //
 // Picking inputs by a shuffle for each product makes 2:4 no faster there than dense. So for many rows of x nothing is picked:
 // lanes are rows of x, which lies column by column, and the column that a weight keeps is an address.
@@ -111,15 +111,13 @@ inline void transpose(__m512 (&rows)[16]) {
 }
 
 void to_columns(const float* x, int64_t rows, int64_t K, float* columns) {
-  for (int64_t m = 0; m < kColumnRows; m += 16)
-    for (int64_t k = 0; k < K; k += 16) {
-      const __mmask16 there = K - k >= 16 ? 0xffff : 0xff;  // K is a multiple of 8
-      __m512 piece[16];
-      for (int i = 0; i < 16; ++i)
-        piece[i] = m + i < rows ? _mm512_maskz_loadu_ps(there, x + (m + i) * K + k) : _mm512_setzero_ps();
-      transpose(piece);
-      for (int i = 0; i < 16 && k + i < K; ++i) _mm512_storeu_ps(columns + (k + i) * kColumnRows + m, piece[i]);
-    }
+  for (int64_t k = 0; k < K; k += 16) {
+    const __mmask16 there = K - k >= 16 ? 0xffff : 0xff;  // K is a multiple of 8
+    __m512 piece[16];
+    for (int i = 0; i < 16; ++i) piece[i] = i < rows ? _mm512_maskz_loadu_ps(there, x + i * K + k) : _mm512_setzero_ps();
+    transpose(piece);
+    for (int i = 0; i < 16 && k + i < K; ++i) _mm512_storeu_ps(columns + (k + i) * kColumnRows, piece[i]);
+  }
 }
 
 void add_to_tile(const float* sums, int64_t rows, int64_t outputs, float* tile) {

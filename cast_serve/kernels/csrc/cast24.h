@@ -3,8 +3,9 @@
  * Everywhere: x is float32 [M, K] and y is float32 [M, N], both contiguous and row-major; bias is float32 [N] or NULL;
  * bf16 values are the upper 16 bits of a float32, as uint16_t. No pointer needs more than its element's alignment.
  * Panels of quantized weights, which are bytes, start on a multiple of 4. Sums are float32. 2:4 bf16 weights meet x rounded
- * to bf16 on a CPU that multiplies pairs of bf16 fast ("avx512bf16" below), x as it is on others. A row of y depends on its own row of x only, bit for bit: neither M, nor the other rows, nor the
- * number of threads changes it (another instruction set may).
+ * to bf16 on a CPU that multiplies pairs of bf16 fast ("avx512bf16" below), x as it is on others. A row of y depends on its
+ * own row of x only, bit for bit: neither M, nor the other rows, nor the number of threads changes it (another instruction
+ * set may).
  *
  * Panel layout (P = ceil(N / 16) panels of 16 rows, zero rows as padding; G = K / 4 groups; K a multiple of 8):
  *   values  f32  [P, G, 2, 16]          slot 0 and slot 1 of the group, for each of the 16 rows
@@ -100,7 +101,7 @@ CAST24_API void cast24_linear_quantized(const float* x, const uint8_t* panels, c
 CAST24_API void cast24_quantized_rows(const int64_t* rows, int64_t count, const uint8_t* panels, int64_t K, int bits,
                                       int64_t group, float* out);
 
-/* Name of the instruction set in use: "avx512wide" (Intel's order of things, on any CPU with VNNI by its name), "avx512bf16",
+/* Name of the instruction set in use: "avx512wide" (for Intel's CPUs with VNNI and VBMI), "avx512bf16",
  * "avx512vnni", "avx512", "avx2", "neondot", "neon" or "portable". The best one that CPU and operating system support, unless
  * the environment variable CAST24_ISA or cast24_set_isa names another. */
 CAST24_API const char* cast24_isa(void);

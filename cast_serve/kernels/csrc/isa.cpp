@@ -31,7 +31,7 @@ bool avx512vnni() {
 }
 #endif
 
-// Best first. __builtin_cpu_supports reads cpuid and XCR0. Intel's CPUs make pair products of bf16 at half the rate of
+// In order of preference. __builtin_cpu_supports reads cpuid and XCR0. Intel's CPUs make pair products of bf16 at half the rate of
 // multiply-adds, and have a shuffle unit of 512 bits for two of those; AMD's have them alike.
 const Candidate* candidates(int* count) {
   static const Candidate all[] = {

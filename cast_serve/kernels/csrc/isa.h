@@ -15,7 +15,7 @@ constexpr int kDenseRows = 4;                         // weight rows that one de
 // Sums run over blocks of this many columns: an x block of a few rows and a weight block stay in the second-level cache.
 constexpr int64_t kBlockColumns = 2048;
 
-// Rows of x, and panels, that one call of ColumnKernels works on.
+// Rows of x, and most panels, that one call of ColumnKernels works on.
 constexpr int64_t kColumnRows = 128;
 constexpr int64_t kColumnPanels = 16;
 
@@ -48,7 +48,7 @@ struct PairKernels {
 
 // What multiplies 2:4 weights by many rows of x that lie column by column, each output's sum in the order of the tiles below.
 struct ColumnKernels {
-  // columns [K, kColumnRows] of x [rows, K], zeros for rows that it lacks.
+  // columns [K, 16], kColumnRows apart, of x [rows, K], zeros where it has fewer rows than 16.
   void (*to_columns)(const float* x, int64_t rows, int64_t K, float* columns);
 
   // sums [ceil(K / kBlockColumns), panels * kPanelRows, kColumnRows] of adjacent panels.

@@ -71,7 +71,19 @@ void multiply_columns(const ColumnKernels& kernels, const float* columns, int64_
   kernels.multiply_bf16(columns, K, values, indices, panels, sums);
 }
 
-constexpr int64_t kRowsAtOnce = 1024;  // of x, that lie column by column at a time
+// Blocks of rows that lie column by column at a time: 16 MB, as what malloc maps anew for each call costs as much as the
+// product.
+int64_t blocks_at_once(int64_t K) {
+  return std::min<int64_t>(std::max<int64_t>((16 << 20) / (static_cast<int64_t>(sizeof(float)) * K * kColumnRows), 1), 8);
+}
+
+// Panels that one task works on: many share x from the caches, few keep all threads busy. Even, since gated ones are pairs.
+int64_t stack_of(int64_t panels, int64_t blocks) {
+  constexpr int64_t kTasks = 64;
+  int64_t stack = kColumnPanels;
+  while (stack > 2 && (panels + stack - 1) / stack * blocks < kTasks) stack /= 2;
+  return stack;
+}
 
 // Of M rows of x, how many ColumnKernels take: whole blocks of them, and a last one that is nearly whole.
 int64_t rows_by_columns(const Isa& isa, int64_t M) {
@@ -87,19 +99,19 @@ void linear_by_columns(const ColumnKernels& kernels, const float* x, const T* va
   x += first * K;
   const int64_t N = output.N, panels = (N + kPanelRows - 1) / kPanelRows;
   const int64_t panel_values = K / 2 * kPanelRows, panel_indices = (K / 4 + 7) / 8 * kPanelRows;
-  const int64_t blocks = (M + kColumnRows - 1) / kColumnRows, stacks = (panels + kColumnPanels - 1) / kColumnPanels;
+  const int64_t blocks = (M + kColumnRows - 1) / kColumnRows, stack = stack_of(panels, blocks);
   const int64_t k_blocks = (K + kBlockColumns - 1) / kBlockColumns;
   const auto columns = cache_aligned<float>(blocks * K * kColumnRows);
-  parallel_for(run, pool, blocks, M * K, [&](int64_t begin, int64_t end) {
-    for (int64_t b = begin; b < end; ++b)
-      kernels.to_columns(x + b * kColumnRows * K, std::min(M - b * kColumnRows, kColumnRows), K,
-                         columns.get() + b * K * kColumnRows);
+  parallel_for(run, pool, blocks * kColumnRows / 16, M * K, [&](int64_t begin, int64_t end) {
+    for (int64_t m = 16 * begin; m < 16 * end; m += 16)
+      kernels.to_columns(x + m * K, std::min<int64_t>(std::max<int64_t>(M - m, 0), 16), K,
+                         columns.get() + m / kColumnRows * K * kColumnRows + m % kColumnRows);
   });
-  parallel_for(run, pool, stacks * blocks, M * N * (K / 2), [&](int64_t begin, int64_t end) {
-    const auto sums = cache_aligned<float>(k_blocks * kColumnPanels * kPanelRows * kColumnRows);
+  parallel_for(run, pool, (panels + stack - 1) / stack * blocks, M * N * (K / 2), [&](int64_t begin, int64_t end) {
+    const auto sums = cache_aligned<float>(k_blocks * stack * kPanelRows * kColumnRows);
     for (int64_t unit = begin; unit < end; ++unit) {
-      const int64_t panel = unit / blocks * kColumnPanels, block = unit % blocks, row = block * kColumnRows;
-      const int64_t some = std::min(panels - panel, kColumnPanels);
+      const int64_t panel = unit / blocks * stack, block = unit % blocks, row = block * kColumnRows;
+      const int64_t some = std::min(panels - panel, stack);
       multiply_columns(kernels, columns.get() + block * K * kColumnRows, K, values + panel * panel_values,
                        indices + panel * panel_indices, static_cast<int>(some), sums.get());
       for (int64_t m = 0; m < std::min(M - row, kColumnRows); m += kTileRows)
@@ -121,14 +133,17 @@ void linear(const float* x, const T* values, const uint32_t* indices, const Outp
   const Isa& isa = cast24::isa();
   const int64_t N = output.N, panels = (N + kPanelRows - 1) / kPanelRows;
   const int64_t panel_values = K / 2 * kPanelRows, panel_indices = (K / 4 + 7) / 8 * kPanelRows;
-  // With few rows of x a panel is read straight through, with many several panels share x from the caches.
-  const int64_t tile_panels = M > kTileRows ? kTilePanels : output.panels();
   const Inputs normed(x, output.fusion, M, K, run, pool);
   const int64_t done = rows_by_columns(isa, M);
-  for (int64_t row = 0; row < done; row += kRowsAtOnce)
-    linear_by_columns(*isa.columns, normed.data(), values, indices, output, row, std::min(done - row, kRowsAtOnce), K, run,
-                      pool);
+  const int64_t blocks = (done + kColumnRows - 1) / kColumnRows, most = blocks_at_once(K);
+  const int64_t calls = (blocks + most - 1) / most;
+  for (int64_t call = 0; call < calls; ++call) {
+    const int64_t row = call * blocks / calls * kColumnRows, end = std::min((call + 1) * blocks / calls * kColumnRows, done);
+    linear_by_columns(*isa.columns, normed.data(), values, indices, output, row, end - row, K, run, pool);
+  }
   if (done == M) return;
+  // With few rows of x a panel is read straight through, with many several panels share x from the caches.
+  const int64_t tile_panels = M - done > kTileRows ? kTilePanels : output.panels();
   const Rows inputs = rows_of<T>(isa, normed.data(), M, K, run, pool);
   const int64_t tiles = (panels + tile_panels - 1) / tile_panels, chunks = (M - done + kTileRows - 1) / kTileRows;
   parallel_for(run, pool, tiles * chunks, (M - done) * N * (K / 2), [&](int64_t begin, int64_t end) {

@@ -2,7 +2,7 @@
 // flags; everything is in an unnamed namespace, and no standard C++ header is used, so that no function compiled for one
 // instruction set can be linked into another's path.
 //
-// A vector type S (see avx512.cpp) has W float lanes and
+// A vector type S (see avx512.h) has W float lanes and
 //   zero() load(float*) store(float*, Vec) add(a, b) fma(a, b, c) sum(Vec)
 //   load_bf16(uint16_t*)           W words widened
 //   load_f32_n / load_bf16_n(p, n) the first n < W elements, zeros behind them
