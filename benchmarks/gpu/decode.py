@@ -19,7 +19,6 @@ from transformers import LlamaConfig
 
 from benchmarks.gpu.decoder import Decoder, MakeLinear
 from benchmarks.shapes import SHAPES
-from cast_serve.kernels.cuda.layout import from_fragments
 from cast_serve.kernels.cuda.random_weights import QuantizedWeight, Weight
 from cast_serve.kernels.cuda.timing import copy_bandwidth, seconds_per_call
 from cast_serve.torch_model.gpu_linear import QUANTIZED, SPARSE
@@ -51,7 +50,8 @@ class DenseFp8(nn.Module):
 
 def sparse(device: torch.device, N: int, K: int) -> PackedLinear:
     linear = SPARSE[device.type](K, N, bias=False)
-    linear.pack(*from_fragments(*Weight(N, K, DTYPE, device).packed, N, K))
+    random = Weight(N, K, DTYPE, device)
+    linear.pack(random.values, random.bitmask)
     return linear
 
 

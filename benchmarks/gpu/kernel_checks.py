@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from cast_serve.kernels.cuda import cusparselt, dense_quantized, warpgroup
-from cast_serve.kernels.cuda.layout import from_fragments
 from cast_serve.kernels.cuda.measurement import Gpu, methods_in_8_bits
 from cast_serve.kernels.cuda.plan import Plan
 from cast_serve.kernels.cuda.random_weights import QuantizedWeight, Weight, random_values
@@ -59,7 +58,7 @@ def triton_error(machine: Gpu, M: int, N: int, K: int, dtype: torch.dtype) -> fl
     device = machine.device
     weight, x = Weight(N, K, dtype, device), random_values(M, K, dtype, device)
     bias = torch.randn(N, device=device).to(dtype)
-    return relative_error(machine.triton(x, *from_fragments(*weight.packed, N, K), bias), x, weight.dense, bias)
+    return relative_error(machine.triton(x, weight.values, weight.bitmask, bias), x, weight.dense, bias)
 
 
 def expand_error(machine: Gpu, M: int, N: int, K: int, dtype: torch.dtype) -> float:

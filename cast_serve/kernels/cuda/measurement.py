@@ -203,11 +203,11 @@ class QuantizedLayer:
 
         found = {"dense": Candidate(calls(linear, self.dense), self.dense[0].nbytes), "small_m": packed("small_m")}
         if M > 32:
-            found |= {"tiled": packed("tiled"), "expanded": packed("expanded")}
-        if M > 32 and machine.is_hopper:
-            found["warpgroup"] = packed("warpgroup")
-        if M > 32:
-            found |= {method: packed(method) for method in methods_in_8_bits(machine, self.quantization)}
+            methods: list[Method] = ["tiled", "expanded"]
+            if machine.is_hopper:
+                methods.append("warpgroup")
+            methods += methods_in_8_bits(machine, self.quantization)
+            found |= {method: packed(method) for method in methods}
         if self.compressed:
             algorithm = fastest(x[0].to(self.quantization.values.dtype), self.compressed[0])
             multiply = partial(cusparselt.linear_rounding, w_scale=self.scale, bias=None, algorithm=algorithm)
