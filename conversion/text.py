@@ -126,10 +126,11 @@ class _HubDataset(Source):
         name, configuration, split = [*entry.split(":"), "", ""][:3]
         offline = constants.HF_HUB_OFFLINE
         try:
+            commit = None if offline else HfApi().dataset_info(name).sha  # before `datasets`, which asks for 20 seconds
             self._rows: Any = datasets.load_dataset(
                 name, configuration or None, split=split or "train", streaming=not offline
             )
-            version = self._rows._fingerprint if offline else HfApi().dataset_info(name).sha
+            version = commit or self._rows._fingerprint
         except Exception as error:
             reason = " ".join(str(error).split())
             raise InputError(

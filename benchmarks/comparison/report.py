@@ -46,7 +46,10 @@ def perplexity(record: Record, text: str) -> float:
 
 def _conditions(about: dict[str, Any], records: Sequence[Record]) -> str:
     lines = [f"{about['date']}, {about['device']}; {', '.join(f'{k} {v}' for k, v in about['versions'].items())}."]
-    lines.append(f"Training text: {', '.join(about['data'])}.")
+    # a corpus of the same name need not be the same: what could not be fetched is left out of it
+    sizes = {record["training"]["text_tokens"] for record in records if "text_tokens" in record.get("training", {})}
+    size = "".join(f", {size:,} tokens" for size in sorted(sizes))
+    lines.append(f"Training text: {', '.join(about['data'])}{size}.")
     if records:
         scores = records[0]["texts"]
         windows = (f"{name}: {s['tokens']:,} tokens in windows of {s['context']}" for name, s in scores.items())
