@@ -89,7 +89,7 @@ class MaskedAdam(Optimizer):
 
     @torch.no_grad()
     def mask_gradients(self) -> None:
-        """Call before gradients are clipped, for methods that never use some of them; else nothing."""
+        """Call before gradients are clipped, for methods that never use those of masked weights; else nothing."""
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -191,6 +191,11 @@ class MaskedAdam(Optimizer):
             local(state["mask"]).copy_(mask)
         group["mask_flips"] = int(torch.stack(flips).sum()) if flips else 0
 
+    def _zero_masked_gradients(self) -> None:
+        for group in self._sparse_groups():
+            for _, grads, _, _, masks in self._buckets(group, self._masked_tensors):
+                zero_masked(grads, masks)
+
     @staticmethod
     def _adam(
         params: list[Tensor],
@@ -257,3 +262,8 @@ class MaskedAdam(Optimizer):
                 filled += piece[0].numel()
         if filled:
             yield bucket
+
+
+def zero_masked(tensors: list[Tensor], masks: list[Tensor]) -> None:
+    """Make zero, in place, what is not kept by a mask (bool, 1 = kept)."""
+    torch._foreach_mul_(tensors, [mask.view(torch.uint8) for mask in masks])

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from cast_train.config import Preset, TrainConfig
 from cast_train.dtensor import local
-from cast_train.masked_adam import MaskedAdam
+from cast_train.masked_adam import MaskedAdam, zero_masked
 from cast_train.methods.trained import TrainedMethod
 
 
@@ -52,9 +52,7 @@ class FixedMaskAdam(MaskedAdam):
     @torch.no_grad()
     def mask_gradients(self) -> None:
         self.start()
-        for group in self._sparse_groups():
-            for _, grads, _, _, masks in self._buckets(group, self._masked_tensors):
-                _cut(grads, masks)
+        self._zero_masked_gradients()
 
     def health(self) -> dict[str, float]:
         """Return mean |masked|, 0, and mean |kept|; both 0 where only low-rank updates are trained."""
@@ -68,12 +66,8 @@ class FixedMaskAdam(MaskedAdam):
     def _sparse_step(self, group: dict[str, Any], t: int) -> None:
         self.start()
         for params, grads, momenta, variances, masks in self._buckets(group, self._masked_tensors):
-            _cut(grads, masks)  # again, for loops that clip no gradients
+            zero_masked(grads, masks)  # again, for loops that clip no gradients
             self._adam(params, grads, momenta, variances, group, t, group["betas"][0], group["lr"])
-
-
-def _cut(grads: list[Tensor], masks: list[Tensor]) -> None:
-    torch._foreach_mul_(grads, [mask.view(torch.uint8) for mask in masks])
 
 
 class MaskedLowRank(nn.Module):

@@ -9,7 +9,7 @@ from torch import Tensor
 from cast_train.config import GmpConfig
 from cast_train.dtensor import local
 from cast_train.mask import nm_mask
-from cast_train.masked_adam import MaskedAdam
+from cast_train.masked_adam import MaskedAdam, zero_masked
 from cast_train.methods.trained import TrainedMethod
 
 
@@ -25,6 +25,11 @@ class GmpAdam(MaskedAdam):
         """Return the part of groups that is cut at 0-based step t: cubic from 0 to 1 (their Eq. 1)."""
         end = self._ramp_steps(group)
         return 1.0 if t >= end else 1 - (1 - t / end) ** 3
+
+    @torch.no_grad()
+    def mask_gradients(self) -> None:
+        if any(group["step"] > 0 for group in self._sparse_groups()):  # there are no masks before the first step
+            self._zero_masked_gradients()
 
     def health(self) -> dict[str, float]:
         """Return mean |weight| still to be cut and mean |kept|, mask flips, and the part of groups that is cut."""
@@ -53,7 +58,7 @@ class GmpAdam(MaskedAdam):
             group["mask_flips"] = 0
         for params, grads, momenta, variances, masks in self._buckets(group, self._masked_tensors):
             self._adam(params, grads, momenta, variances, group, t, group["betas"][0], group["lr"])
-            torch._foreach_mul_(params, [mask.view(torch.uint8) for mask in masks])
+            zero_masked(params, masks)
 
     def _refresh(self, group: dict[str, Any]) -> None:
         self._left: list[Tensor] = []

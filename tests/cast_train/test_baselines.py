@@ -184,6 +184,18 @@ def test_gmp_masks_are_monotone_and_cut_weights_stay_zero_in_training() -> None:
         assert ((w.unflatten(1, (-1, 4)) != 0).sum(2) == 2).all()
 
 
+def test_gmp_clips_no_gradients_of_cut_weights() -> None:
+    weight = torch.randn(4, 40, requires_grad=True)
+    group = {"params": [weight], "sparse": True, "mask_interval": 1}
+    optimizer = GmpAdam([group], 0.0, BETAS, EPS, total_steps=8, ramp_end=1.0, left=0.0)
+    for step in range(4):
+        weight.grad = torch.ones_like(weight)
+        optimizer.mask_gradients()
+        assert torch.equal(weight.grad, (weight != 0).float())
+        assert weight.grad.all() == (step < 2)  # the first refresh finds nothing due
+        optimizer.step()
+
+
 @pytest.mark.parametrize("steps", [1, 2, 5])
 def test_gmp_ends_fully_pruned_however_short_the_run(steps: int) -> None:
     weight = torch.randn(4, 8, requires_grad=True)
